@@ -1,0 +1,59 @@
+# Everything happens in .venv, from locked, hashed requirements (deploy/lock). `make up` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+ARGS   ?=
+
+.PHONY: up test check lint types imports unit bench lock format clean
+
+up: $(VENV)/.run
+	@$(BIN)/weftline up $(ARGS)
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m deploy.testing $(ARGS)
+
+check: lint types imports
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench.streams $(ARGS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "weftline needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make up PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "Could not create $(VENV). On Debian or Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.run: deploy/lock/run.lock pyproject.toml clients/python/pyproject.toml | $(VENV)/bin/python
+	@echo "Installing weftline into $(VENV) (first time: about half a minute)"
+	@$(PIP) install --quiet --require-hashes -r deploy/lock/run.lock
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e clients/python -e .
+	@touch $@
+
+$(VENV)/.dev: deploy/lock/dev.lock deploy/lock/engine.lock $(VENV)/.run
+	@echo "Installing what the tests need"
+	@$(PIP) install --quiet --require-hashes -r deploy/lock/dev.lock
+	@$(PIP) install --quiet --require-hashes --no-deps -r deploy/lock/engine.lock
+	@touch $@
+
+# Re-resolve the locks. Needs uv; no index address is written down.
+UV_COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --no-emit-package weftline-client
+lock:
+	$(UV_COMPILE) pyproject.toml deploy/lock/build.in -o deploy/lock/run.lock
+	$(UV_COMPILE) pyproject.toml deploy/lock/build.in --group dev -o deploy/lock/dev.lock
+	$(UV_COMPILE) --no-deps deploy/lock/engine.in -o deploy/lock/engine.lock
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,5 @@
+"""The command `weftline`."""
+
+
+def main() -> int:
+    return 0
