@@ -1,0 +1,88 @@
+"""What every process does alike: choose the event loop, turn signals into one event, end with a status."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any
+
+from common.errors import ProcessError
+
+
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int | None]]) -> int:
+    """Run `main(stop)` to its end and return the exit status. SIGINT and SIGTERM set `stop`.
+
+    uvloop where there is one; on Windows the selector loop, the only one there that can watch a ZeroMQ descriptor.
+    """
+
+    async def supervised() -> int:
+        stop = asyncio.Event()
+        with signals(stop):
+            return await main(stop) or 0
+
+    try:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(supervised())
+    except (ProcessError, BaseExceptionGroup) as caught:
+        error = process_error(caught)
+        if error is None:
+            raise
+        print(f"weftline: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """The fastest event loop that works with the sockets of this platform."""
+    if sys.platform == "win32":
+        return asyncio.SelectorEventLoop
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def process_error(error: BaseException) -> ProcessError | None:
+    """The `ProcessError` in a group whose every exception is one, else None: a bug must show itself."""
+    if isinstance(error, BaseExceptionGroup):
+        matching, others = error.split(ProcessError)
+        return process_error(matching.exceptions[0]) if matching is not None and others is None else None
+    return error if isinstance(error, ProcessError) else None
+
+
+@contextlib.contextmanager
+def signals(stop: asyncio.Event) -> Iterator[None]:
+    """Set `stop` on SIGINT or SIGTERM; a second one ends the process the hard way."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def caught(number: int) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.set()
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            try:
+                loop.add_signal_handler(number, caught, number)
+            except NotImplementedError:  # Windows
+                signal.signal(number, lambda n, _frame: loop.call_soon_threadsafe(caught, n))
+        yield
+    finally:
+        for number in numbers:
+            with contextlib.suppress(NotImplementedError):
+                loop.remove_signal_handler(number)
+            signal.signal(number, before[number])
+
+
+async def until(stop: asyncio.Event, *others: Awaitable[object]) -> None:
+    """Wait for `stop`, or for the first of `others` to end; its exception, if any, is raised."""
+    tasks = [asyncio.ensure_future(stop.wait()), *(asyncio.ensure_future(other) for other in others)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()

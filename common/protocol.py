@@ -1,0 +1,467 @@
+"""The wire between gateway, broker and worker: typed messages, how they are framed, and its limits.
+
+A message is ONE ZeroMQ frame (after the routing id that a ROUTER adds):
+
+    4 bytes, big-endian    length of the header
+    header                 msgpack map; the key "t" names the type, e.g. {"t": "chunk", "rid": ..., "seq": 7, "n": 2}
+    payload                the rest: opaque bytes (a request body, NDJSON lines)
+
+One frame forwards a third faster than header and payload as two, and the header of a chunk is the same on both sides of
+the broker, so that a token's frame crosses it unchanged. Unknown map keys are ignored; an unknown type is answered with
+`Error` and counted, so that N-1 and N can talk.
+
+Names: `rid` is a request's 128 random bits. `seq` numbers a request's events (one line each) from 0 across all its
+attempts; a chunk carries events seq … seq+n-1. `attempt` is `ordinal << 32 | nonce`: the ordinal counts a request's
+attempts from 1, the nonce is the 32 random bits a broker draws at its start, so that attempts order by ordinal and no
+two brokers ever name the same one.
+
+Durations on the wire are milliseconds that remain, never points in time: clocks of two hosts are not compared.
+"""
+
+from typing import Any, Final
+
+import msgspec
+
+from common.errors import Code, ProtocolError
+
+VERSION: Final = 1
+
+HEARTBEAT_INTERVAL_S: Final = 1.0
+"""Both sides of every link send `beat` this often …"""
+HEARTBEATS_MISSED_MAX: Final = 3
+"""… and take the other for lost after this many without a message."""
+
+BODY_BYTES_MAX: Final = 16 * 2**20
+"""A request's body. Larger ones will travel in parts; until then they end in TOO_LARGE."""
+FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 2**20
+"""A whole message: the largest body and a header of at most 1 MiB (a register with thousands of models)."""
+CHUNK_BYTES_MAX: Final = 256 * 2**10
+"""Lines that are ready together travel together up to here; a longer line travels alone."""
+ATTEMPTS_MAX: Final = 3
+
+
+def attempt_of(ordinal: int, nonce: int) -> int:
+    """Name an attempt: `ordinal` from 1, `nonce` the broker's 32 random bits."""
+    return ordinal << 32 | nonce
+
+
+def ordinal_of(attempt: int) -> int:
+    """The ordinal of an attempt, 0 for "none yet"."""
+    return attempt >> 32
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag=str.lower):
+    """Base of everything on the wire."""
+
+
+# What engines, workers and requests say of themselves -----------------------------------------------------------------
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model an engine can serve, by its full name (`llama2:latest`). Aliases share a digest, and so their slots."""
+
+    name: str
+    digest: str
+    slots: int = 1
+    size_bytes: int = 0
+    embedding: bool = False
+    resident: bool = False
+
+
+class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An Ollama server (or an embedded or simulated engine) behind a worker; `url` names it within the worker."""
+
+    url: str
+    kind: str = "ollama"
+    version: str = ""
+    up: bool = True
+    error: str = ""
+    models: tuple[Model, ...] = ()
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A lease a worker holds, as it says in `register`: `top` events are in its replay buffer."""
+
+    rid: bytes
+    attempt: int
+    top: int = 0
+    ended: bool = False
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the engine's final line says of the whole request. Durations in ns, as Ollama counts them."""
+
+    done_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_ns: int = 0
+    load_ns: int = 0
+    prompt_ns: int = 0
+    completion_ns: int = 0
+
+
+# gateway → broker -----------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First message of a gateway, and its answer to `who`."""
+
+    name: str
+    version: int = VERSION
+
+
+class Submit(Message, frozen=True):
+    """A job: an HTTP call in a box. Payload: the request body, exactly as it will be posted.
+
+    `client` is the authenticated identity and `ref` the client's own id of the request: (client, ref) names it from
+    outside. `grace_ms` is how long it may outlive its client. `waited_ms`, `attempt` and `next_seq` are what a
+    resubmission knows from before.
+    """
+
+    rid: bytes
+    client: str
+    ref: str
+    model: str
+    path: str
+    method: str = "POST"
+    priority: str = "normal"
+    weight: float = 1.0
+    deadline_ms: int | None = None
+    grace_ms: int = 0
+    waited_ms: int = 0
+    attempt: int = 0
+    next_seq: int = 0
+    prompt_bytes: int = 0
+    prefix: tuple[bytes, ...] = ()
+
+
+class Cancel(Message, frozen=True):
+    """Stop a request (gateway → broker), or one attempt of it (broker → worker). `attempt` 0: whichever."""
+
+    rid: bytes
+    attempt: int = 0
+    reason: str = ""
+
+
+class Replay(Message, frozen=True):
+    """Ask for events again from `start`; at most `bytes_max` of payload; one outstanding per request."""
+
+    rid: bytes
+    attempt: int
+    start: int
+    bytes_max: int = 4 * 2**20
+
+
+class Ack(Message, frozen=True):
+    """The gateway has everything up to the terminal: the worker may forget the request."""
+
+    rid: bytes
+
+
+class Attach(Message, frozen=True):
+    """Reserved for resume: take over the request that (client, ref) names."""
+
+    client: str
+    ref: str
+    attachment: int = 0
+
+
+class Query(Message, frozen=True):
+    """Ask for a `snapshot`; `what` is "fleet", "hosts" or "requests". Anyone admitted to the port may ask."""
+
+    id: int
+    what: str = "fleet"
+
+
+class Admin(Message, frozen=True):
+    """Reserved for operators: drain a host, resume it."""
+
+    id: int
+    action: str
+    target: str = ""
+
+
+class Beat(Message, frozen=True):
+    """A sign of life. A worker's carries the number of events of every lease it streams."""
+
+    tops: dict[bytes, int] = {}
+
+
+# broker → gateway -----------------------------------------------------------------------------------------------------
+
+
+class Accepted(Message, frozen=True):
+    """The broker holds the request: from now on it gets exactly one terminal."""
+
+    rid: bytes
+
+
+class Queued(Message, frozen=True):
+    """The request waits; `position` counts from 1."""
+
+    rid: bytes
+    position: int
+    eta_ms: int | None = None
+
+
+class Leased(Message, frozen=True):
+    """The request went to a worker. Sent before the `assign`."""
+
+    rid: bytes
+    attempt: int
+    worker: str
+    engine: str
+
+
+class Started(Message, frozen=True):
+    """The engine answered: HTTP status and content type; event 0 follows."""
+
+    rid: bytes
+    attempt: int
+    status: int
+    content_type: str = ""
+
+
+class Chunk(Message, frozen=True):
+    """Events seq … seq+n-1. Payload: the lines, each with its newline."""
+
+    rid: bytes
+    attempt: int
+    seq: int
+    n: int
+
+
+class Gap(Message, frozen=True):
+    """Events below `top` exist and may have been lost on the way: replay what is missing."""
+
+    rid: bytes
+    attempt: int
+    top: int
+
+
+class End(Message, frozen=True):
+    """The request is complete when its `seq` events have arrived."""
+
+    rid: bytes
+    attempt: int
+    seq: int
+    stats: Stats
+
+
+class Failed(Message, frozen=True):
+    """The attempt, or the request, failed after `seq` events. Payload: the engine's own answer, if it gave one.
+
+    From a worker, `retryable` says that another host may do better; from the broker the request is over.
+    `retry_after_ms` says when to come back and `models` which models there are, where that helps.
+    """
+
+    rid: bytes
+    attempt: int
+    code: Code
+    message: str
+    seq: int = 0
+    status: int = 0
+    retryable: bool = False
+    retry_after_ms: int | None = None
+    models: tuple[str, ...] = ()
+
+
+class Lost(Message, frozen=True):
+    """The attempt died with its host before its first event; the request waits again."""
+
+    rid: bytes
+    attempt: int
+
+
+class Detached(Message, frozen=True):
+    """Reserved for resume: another gateway attached to the request."""
+
+    rid: bytes
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A worker, as operators see it. `busy` counts leases by engine url and model digest."""
+
+    name: str
+    engines: tuple[Engine, ...]
+    busy: dict[str, dict[str, int]] = {}
+    draining: bool = False
+    beat_age_ms: int = 0
+    epoch: str = ""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A request, as operators see it. `age_ms` since it was accepted."""
+
+    rid: bytes
+    client: str
+    ref: str
+    model: str
+    state: str
+    age_ms: int
+    worker: str = ""
+    engine: str = ""
+    attempt: int = 0
+    events: int = 0
+    position: int = 0
+
+
+class Snapshot(Message, frozen=True):
+    """The answer to `query`, and what every gateway is told when the fleet changes (id 0, "fleet")."""
+
+    id: int = 0
+    what: str = "fleet"
+    models: tuple[str, ...] = ()
+    workers: int = 0
+    queued: int = 0
+    running: int = 0
+    hosts: tuple[Host, ...] = ()
+    jobs: tuple[Job, ...] = ()
+
+
+# worker → broker ------------------------------------------------------------------------------------------------------
+
+
+class Register(Message, frozen=True):
+    """First message of a worker, and its answer to `who`: the truth about what it holds.
+
+    `epoch` is random per process start: the newest process of a name wins.
+    """
+
+    name: str
+    epoch: str
+    engines: tuple[Engine, ...]
+    leases: tuple[Claim, ...] = ()
+    draining: bool = False
+    version: int = VERSION
+
+
+class State(Message, frozen=True):
+    """The worker's engines changed."""
+
+    engines: tuple[Engine, ...]
+    draining: bool = False
+
+
+class Refused(Message, frozen=True):
+    """An `assign` the worker will not carry out: stale registration, unknown engine, draining."""
+
+    rid: bytes
+    attempt: int
+    reason: str
+
+
+class Bye(Message, frozen=True):
+    """The peer leaves on purpose."""
+
+
+# broker → worker ------------------------------------------------------------------------------------------------------
+
+
+class Registered(Message, frozen=True):
+    """The broker took the register; assigns that carry another number are stale."""
+
+    registration: int
+
+
+class Who(Message, frozen=True):
+    """The broker does not know this peer: introduce yourself."""
+
+
+class Assign(Message, frozen=True):
+    """Run a job on an engine. Payload: the request body. `digest` names the slot it takes."""
+
+    rid: bytes
+    attempt: int
+    registration: int
+    engine: str
+    model: str
+    digest: str
+    path: str
+    method: str = "POST"
+    start: int = 0
+
+
+class Release(Message, frozen=True):
+    """The request is over for everyone: drop its replay buffer."""
+
+    rid: bytes
+
+
+class Drain(Message, frozen=True):
+    """Reserved for operators: take no new lease, or take them again."""
+
+    on: bool = True
+
+
+class Superseded(Message, frozen=True):
+    """A newer process of this worker's name registered: this one ends with exit status 1."""
+
+
+class ModelOp(Message, frozen=True, tag="model"):
+    """Reserved for fleet operations: pull, delete, load or unload a model."""
+
+    id: int
+    engine: str
+    action: str
+    model: str
+
+
+class Error(Message, frozen=True):
+    """The peer's message could not be understood."""
+
+    code: Code
+    message: str
+
+
+FromGateway = Hello | Submit | Cancel | Attach | Replay | Ack | Query | Admin | Beat | Bye | Error
+ToGateway = (
+    Who | Accepted | Queued | Leased | Started | Chunk | Gap | End | Failed | Lost | Detached | Snapshot | Beat | Error
+)
+FromWorker = Register | State | Beat | Started | Chunk | End | Failed | Refused | Bye | Error
+ToWorker = Registered | Who | Assign | Cancel | Replay | Release | Drain | Superseded | ModelOp | Beat | Error
+
+_encoder = msgspec.msgpack.Encoder()
+_HEADER = 4
+
+
+def encode(message: Message, payload: bytes = b"") -> bytes:
+    """Frame a message."""
+    header = _encoder.encode(message)
+    return b"%b%b%b" % (len(header).to_bytes(_HEADER, "big"), header, payload)
+
+
+class Decoder(msgspec.Struct, frozen=True):
+    """Decodes the messages one side may send."""
+
+    header: msgspec.msgpack.Decoder[Any]
+
+    def decode(self, frame: bytes) -> tuple[Any, bytes]:
+        """Split a frame into message and payload.
+
+        Raises:
+            ProtocolError: no message of this direction; the text names what is wrong, never the content.
+        """
+        end = _HEADER + int.from_bytes(frame[:_HEADER], "big")
+        if len(frame) < end or end == _HEADER:
+            raise ProtocolError(f"a frame of {len(frame)} bytes announces a header of {end - _HEADER}")
+        try:
+            return self.header.decode(memoryview(frame)[_HEADER:end]), frame[end:]
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(str(error)) from None
+
+
+from_gateway = Decoder(msgspec.msgpack.Decoder(FromGateway))
+to_gateway = Decoder(msgspec.msgpack.Decoder(ToGateway))
+from_worker = Decoder(msgspec.msgpack.Decoder(FromWorker))
+to_worker = Decoder(msgspec.msgpack.Decoder(ToWorker))
+
+
+def full_name(model: str) -> str:
+    """A model's name as Ollama lists it: without a tag it means `:latest`."""
+    return model if ":" in model.rsplit("/", 1)[-1] else f"{model}:latest"
+
+
+def short_name(model: str) -> str:
+    """A model's name as clients like it: `:latest` dropped."""
+    return model.removesuffix(":latest")

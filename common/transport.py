@@ -1,0 +1,261 @@
+"""The only module that imports zmq: sockets that drop nothing silently, never block and never grow without bound.
+
+Why each option is set (libzmq 4.3.5, measured):
+
+- ROUTER_MANDATORY and NOBLOCK: a default ROUTER reports success for messages it throws away.
+- No chosen routing ids and no ROUTER_HANDOVER: a newcomer could receive another's next job. Who a peer is, its
+  `register` or `hello` says; the routing id only says where to answer.
+- IMMEDIATE: nothing queues for a broker that is not there. What was sent and not read when a line breaks is lost, and
+  the rules of the wire repair that (registration numbers, `gap`, `replay`).
+- RECONNECT_IVL and RECONNECT_IVL_MAX are drawn per process: libzmq adds no jitter once a maximum is set.
+- MAXMSGSIZE: an announced 8 GiB frame would be allocated. HANDSHAKE_IVL cuts silent peers. A finite LINGER lets a
+  process end.
+
+The file descriptor of a ZeroMQ socket is edge-triggered: a readable event says "something changed", so a turn reads
+until EAGAIN (or its cap, then comes back), and after sends the state is looked at again.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Final
+
+import zmq
+
+from common.errors import ProcessError
+from common.protocol import FRAME_BYTES_MAX
+
+DRAIN_MAX: Final = 256
+"""Messages read in one turn before other sockets get theirs."""
+HWM: Final = 1000
+"""Messages libzmq holds per peer and direction."""
+OUTBOX_MESSAGES_MAX: Final = 2000
+OUTBOX_BYTES_MAX: Final = 64 * 2**20
+"""What waits in this process for a peer whose HWM is reached; beyond it droppable messages are dropped (their gap is
+repaired by `replay`) and a peer that can't take its control messages counts as gone."""
+FLUSH_INTERVAL_S: Final = 0.005
+LINGER_MS: Final = 300
+
+
+class Sent(Enum):
+    """What became of a message."""
+
+    OK = "handed to libzmq, or waiting in the outbox"
+    FULL = "dropped: the peer's outbox is full"
+    GONE = "no such peer, or it takes nothing any more"
+
+
+class _Outbox:
+    __slots__ = ("bytes", "frames")
+
+    def __init__(self) -> None:
+        self.frames: deque[bytes] = deque()
+        self.bytes = 0
+
+
+OnFrame = Callable[[bytes, bytes], None]
+"""Called with (routing id of the peer, frame); the routing id of a DEALER's one peer is b""."""
+
+
+class Socket:
+    """A ROUTER or DEALER on the running event loop. The task that made it closes it.
+
+    `on_frame` is called for every message, `on_batch` once after each turn of reading. Neither may raise: what a peer
+    sends must not end the process; a bug should, so the exception is handed to the loop and `broken` is set.
+    """
+
+    def __init__(
+        self, kind: str, on_frame: OnFrame, *, on_batch: Callable[[], None] | None = None, hwm: int = HWM
+    ) -> None:
+        self._router = kind == "router"
+        self._socket: zmq.Socket[bytes] = _context().socket(zmq.ROUTER if self._router else zmq.DEALER)
+        self._on_frame = on_frame
+        self._on_batch = on_batch
+        self._outboxes: dict[bytes, _Outbox] = {}
+        self._loop = asyncio.get_running_loop()
+        self._flush_handle: asyncio.TimerHandle | None = None
+        self._look_scheduled = False
+        self.broken: asyncio.Future[None] = self._loop.create_future()
+        option: dict[int, int] = {
+            zmq.SNDHWM: hwm,
+            zmq.RCVHWM: hwm,
+            zmq.LINGER: LINGER_MS,
+            zmq.IMMEDIATE: 1,
+            zmq.MAXMSGSIZE: FRAME_BYTES_MAX,
+            zmq.HANDSHAKE_IVL: 5000,
+            zmq.BACKLOG: 4096,
+            zmq.RECONNECT_IVL: random.randint(50, 150),
+            zmq.RECONNECT_IVL_MAX: random.randint(800, 1600),
+            zmq.HEARTBEAT_IVL: 2000,
+            zmq.HEARTBEAT_TIMEOUT: 6000,
+            zmq.IPV6: 1,
+        }
+        if self._router:
+            option[zmq.ROUTER_MANDATORY] = 1
+        for name, value in option.items():
+            self._socket.setsockopt(name, value)
+        self._fd: int = self._socket.getsockopt(zmq.FD)
+        self._loop.add_reader(self._fd, self._turn)
+
+    def bind(self, address: str) -> str:
+        """Bind and return the actual address (`tcp://127.0.0.1:*` picks a port).
+
+        Raises:
+            ProcessError: the address is taken, or is not one of this machine.
+        """
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ProcessError(
+                f"cannot bind {address}: {error.strerror or error}. Is another process using the port?"
+            ) from None
+        return self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+
+    def connect(self, address: str) -> None:
+        """Dial out, now and again after every break.
+
+        Raises:
+            ProcessError: `address` is not of the form tcp://host:port.
+        """
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            raise ProcessError(f"cannot connect to {address!r}: {error}. It should read tcp://HOST:PORT.") from None
+        self._look_later()
+
+    def send(self, frame: bytes, peer: bytes = b"", *, droppable: bool = False) -> Sent:
+        """Send now, or as soon as the peer takes it; never blocks, and keeps the order per peer."""
+        outbox = self._outboxes.get(peer)
+        if outbox is None:
+            sent = self._try(peer, frame)
+            if sent is not Sent.FULL:
+                return sent
+            outbox = self._outboxes[peer] = _Outbox()
+        if len(outbox.frames) >= OUTBOX_MESSAGES_MAX or outbox.bytes + len(frame) > OUTBOX_BYTES_MAX:
+            if droppable:
+                return Sent.FULL
+            del self._outboxes[peer]
+            return Sent.GONE
+        outbox.frames.append(frame)
+        outbox.bytes += len(frame)
+        self._flush_later()
+        return Sent.OK
+
+    def offer(self, frame: bytes) -> bool:
+        """Send if the peer takes it at once; the caller keeps what is refused (a DEALER with its own buffer)."""
+        return not self._outboxes and self._try(b"", frame) is Sent.OK
+
+    @property
+    def waiting(self) -> int:
+        """Messages in all outboxes."""
+        return sum(len(outbox.frames) for outbox in self._outboxes.values())
+
+    def close(self) -> None:
+        """Close; what libzmq still holds is sent for at most LINGER_MS in the background."""
+        if self._socket.closed:
+            return
+        self._loop.remove_reader(self._fd)
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+        self._socket.close(LINGER_MS)
+        self.broken.cancel()
+
+    def _try(self, peer: bytes, frame: bytes) -> Sent:
+        try:
+            if self._router:
+                self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+        if not self._look_scheduled:
+            self._look_later()
+        return Sent.OK
+
+    def _turn(self) -> None:
+        if self._socket.closed:
+            return
+        try:
+            for _ in range(DRAIN_MAX):
+                try:
+                    peer = self._socket.recv(zmq.NOBLOCK) if self._router else b""
+                    frame = self._socket.recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                if self._socket.getsockopt(zmq.RCVMORE):
+                    self._skip_parts()
+                    frame = b""  # more parts than the wire knows: not a message, and told so like any other garbage
+                self._on_frame(peer, frame)
+                if self._socket.closed:
+                    return
+            else:
+                self._look_later()
+            if self._outboxes:
+                self._flush()
+            if self._on_batch is not None:
+                self._on_batch()
+        except BaseException as error:
+            if not self.broken.done():
+                self.broken.set_exception(error)
+            raise
+
+    def _skip_parts(self) -> None:
+        while self._socket.getsockopt(zmq.RCVMORE):
+            self._socket.recv(zmq.NOBLOCK)
+
+    def _look_later(self) -> None:
+        if not self._look_scheduled:
+            self._look_scheduled = True
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._look_scheduled = False
+        if not self._socket.closed and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
+            self._turn()
+
+    def _flush_later(self) -> None:
+        if self._flush_handle is None:
+            self._flush_handle = self._loop.call_later(FLUSH_INTERVAL_S, self._flush_again)
+
+    def _flush_again(self) -> None:
+        self._flush_handle = None
+        self._flush()
+
+    def _flush(self) -> None:
+        for peer in list(self._outboxes):
+            outbox = self._outboxes[peer]
+            while outbox.frames:
+                sent = self._try(peer, outbox.frames[0])
+                if sent is Sent.FULL:
+                    break
+                if sent is Sent.GONE:
+                    outbox.frames.clear()
+                    break
+                outbox.bytes -= len(outbox.frames.popleft())
+            if not outbox.frames:
+                del self._outboxes[peer]
+        if self._outboxes:
+            self._flush_later()
+
+
+_shared: zmq.Context[Any] | None = None
+
+
+def _context() -> "zmq.Context[Any]":
+    """One context per process: libzmq's threads must not multiply, nor survive a fork."""
+    global _shared
+    if _shared is None or _shared.closed:
+        _shared = zmq.Context()
+        _shared.set(zmq.MAX_SOCKETS, 4096)
+    return _shared
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach `tcp://host:port` or `host:port`."""
+    host = address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
