@@ -2,7 +2,8 @@
 
 Each process declares its settings as one `Settings` struct with a section name:
 
-    class BrokerSettings(Settings, section="broker"): ...
+    class BrokerSettings(Settings, frozen=True):
+        section: ClassVar[str] = "broker"
 
 A setting `workers` is then the flag `--workers`, the environment's `WEFTLINE_BROKER_WORKERS` and, in the TOML file that
 `--config` or `WEFTLINE_CONFIG` names, the key `workers` of `[broker]`.
@@ -13,11 +14,12 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import msgspec
 from platformdirs import user_data_path
 
+from common import logs
 from common.errors import UsageError
 from common.transport import is_loopback
 
@@ -29,9 +31,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     section: ClassVar[str] = ""
 
-    def __init_subclass__(cls, *, section: str = "", **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.section = section
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: logs.Format = "text"
 
     @classmethod
     def load(

@@ -90,7 +90,6 @@ class Socket:
             zmq.RECONNECT_IVL_MAX: random.randint(800, 1600),
             zmq.HEARTBEAT_IVL: 2000,
             zmq.HEARTBEAT_TIMEOUT: 6000,
-            zmq.IPV6: 1,
         }
         if self._router:
             option[zmq.ROUTER_MANDATORY] = 1
@@ -106,6 +105,7 @@ class Socket:
             ProcessError: the address is taken, or is not one of this machine.
         """
         try:
+            self._socket.setsockopt(zmq.IPV6, "[" in address)
             self._socket.bind(address)
         except zmq.ZMQError as error:
             raise ProcessError(
@@ -120,6 +120,7 @@ class Socket:
             ProcessError: `address` is not of the form tcp://host:port.
         """
         try:
+            self._socket.setsockopt(zmq.IPV6, "[" in address)
             self._socket.connect(address)
         except zmq.ZMQError as error:
             raise ProcessError(f"cannot connect to {address!r}: {error}. It should read tcp://HOST:PORT.") from None
