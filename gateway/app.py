@@ -1,0 +1,176 @@
+"""The gateway's shell: one port for WebSocket and HTTP, the line to the broker, the client registry."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from common.config import default_data_dir, host_port, refuse_exposed, writable_dir
+from common.errors import ProcessError
+from common.logs import Log
+from common.process import until
+from gateway.auth import Authenticator
+from gateway.metrics import Metrics
+from gateway.protocols import Limits, listener, protocols
+from gateway.settings import GatewaySettings
+from gateway.store import Store
+from gateway.upstream import Upstream
+from gateway.websocket import Connection, Services
+
+log = Log("gateway")
+
+STOP_S = 5.0
+"""How long connections get to hear that the gateway ends."""
+
+
+class Gateway:
+    """The ASGI application and everything its connections share."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._connections: set[Connection] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        origins = services.settings.origins
+        self.app = Starlette(
+            routes=[
+                Route("/", self._root),
+                Route("/livez", self._live),
+                Route("/readyz", self._ready),
+                Route("/metrics", self._metrics),
+                WebSocketRoute("/", self._websocket),
+                WebSocketRoute("/ws", self._websocket),
+            ],
+            middleware=[Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET"])],
+        )
+
+    async def dismiss(self) -> None:
+        """Send every client away, and wait a moment for them to go."""
+        for connection in list(self._connections):
+            connection.dismiss()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await self._empty.wait()
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        settings, metrics = self._services.settings, self._services.metrics
+        origin = websocket.headers.get("origin")
+        if origin is not None and "*" not in settings.origins and origin not in settings.origins:
+            await websocket.send_denial_response(PlainTextResponse("this origin may not connect", 403))
+            return
+        if metrics.unauthenticated >= settings.unauthenticated_max:
+            busy = PlainTextResponse("too many connections are authenticating", 503, {"Retry-After": "5"})
+            await websocket.send_denial_response(busy)
+            return
+        connection = Connection(websocket, self._services)
+        self._connections.add(connection)
+        self._empty.clear()
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            if not self._connections:
+                self._empty.set()
+
+    async def _root(self, _: Request) -> Response:
+        return PlainTextResponse("weftline is running\n")
+
+    async def _live(self, _: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def _ready(self, _: Request) -> Response:
+        upstream = self._services.upstream
+        fleet = upstream.fleet
+        reason = (
+            "the broker does not answer"
+            if not upstream.connected
+            else "no worker is connected"
+            if not fleet.workers
+            else "no model can be served"
+            if not fleet.models
+            else None
+        )
+        state = {"ready": reason is None, "reason": reason, "workers": fleet.workers, "models": list(fleet.models)}
+        return JSONResponse(state, 200 if reason is None else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self._services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: the process has one place for signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Callable[[str], None] | None = None) -> int:
+    """Run a gateway until `stop`; `on_ready` hears the URL it listens on (`http://host:port`).
+
+    Raises:
+        ProcessError: the port is taken or exposed, or the data dir can't be used.
+    """
+    host, port = host_port(settings.listen, "--listen")
+    refuse_exposed([settings.listen], insecure=settings.insecure)
+    data_dir = writable_dir(settings.data_dir or default_data_dir())
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(Store.open(data_dir)))
+        try:
+            sock = listener(host, port)
+        except OSError as error:
+            raise ProcessError(
+                f"cannot listen on {settings.listen}: {error.strerror}. Is another process using the port?"
+            ) from None
+        stack.callback(sock.close)
+        actual = f"{host}:{sock.getsockname()[1]}"
+        upstream = stack.enter_context(contextlib.closing(Upstream(settings.broker, lost_s=settings.broker_lost_s)))
+        services = Services(
+            settings=settings,
+            upstream=upstream,
+            authenticator=Authenticator(store.get, settings.public_url or f"ws://{actual}"),
+            metrics=Metrics(upstream),
+        )
+        gateway = Gateway(services)
+        limits = Limits(
+            stall_s=settings.stall_s,
+            request_s=settings.request_s,
+            message_bytes_max=settings.frame_bytes_max + settings.frame_bytes_max // 4,
+        )
+        websocket_protocol, http_protocol = protocols(limits)
+        server = _Server(
+            uvicorn.Config(
+                gateway.app,
+                ws=websocket_protocol,
+                http=http_protocol,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                ws_max_size=limits.message_bytes_max,
+                ws_ping_interval=limits.ping_interval_s,
+                ws_ping_timeout=limits.ping_timeout_s,
+                ws_per_message_deflate=False,
+                server_header=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        try:
+            log("listening", url=f"ws://{actual}", broker=settings.broker)
+            if on_ready is not None:
+                on_ready(f"http://{actual}")
+            await until(stop, upstream.run(), upstream.broken(), asyncio.shield(serving))
+            await gateway.dismiss()
+        finally:
+            server.should_exit = True
+            await serving
+    log("stopped")
+    return 0

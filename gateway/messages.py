@@ -1,0 +1,305 @@
+"""The client's WebSocket protocol, as types: what a client may send and what it hears.
+
+The same maps travel as JSON text frames or, with the subprotocol `weftline.msgpack`, as binary msgpack. Field names are
+camelCase on the wire; unknown fields are ignored; `timestamp` is in ms since 1970. docs/api-reference.md describes each
+message in words and is checked against this module.
+"""
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+SUBPROTOCOL: Final = "weftline.msgpack"
+
+Id = Annotated[str, Meta(min_length=1, max_length=128)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class FromClient(Struct, frozen=True, kw_only=True, rename="camel", tag_field="type", tag=str.lower):
+    """Base of what a client sends."""
+
+
+class Authenticate(FromClient, frozen=True, kw_only=True):
+    """Answer to `challenge`: the signature over the challenge's bytes, in base64."""
+
+    client_id: Annotated[str, Meta(max_length=256)]
+    signature: Annotated[str, Meta(max_length=4096)]
+    algorithm: Annotated[str, Meta(max_length=32)] | None = None
+    resume: bool = False
+
+
+class Job(FromClient, frozen=True, kw_only=True):
+    """What every request has. `priority` and `deadline_ms` are for the queue; the rest is Ollama's."""
+
+    id: Id
+    model: ModelName
+    options: dict[str, Any] = {}
+    keep_alive: str | float | None = None
+    priority: Annotated[str, Meta(pattern="^(interactive|normal|batch)$")] = "normal"
+    deadline_ms: Annotated[int, Meta(gt=0, le=86_400_000)] | None = None
+
+
+class Generate(Job, frozen=True, kw_only=True):
+    """Stream a completion of a prompt."""
+
+    prompt: str
+    system: str | None = None
+    suffix: str | None = None
+    images: list[str] | None = None
+    format: str | dict[str, Any] | None = None
+    raw: bool | None = None
+    think: bool | str | None = None
+
+
+class Chat(Job, frozen=True, kw_only=True):
+    """Stream the answer to a conversation."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    format: str | dict[str, Any] | None = None
+    think: bool | str | None = None
+
+
+class Embed(Job, frozen=True, kw_only=True):
+    """Embed one text or several."""
+
+    input: str | list[str]
+    truncate: bool | None = None
+    dimensions: int | None = None
+
+
+class Stop(FromClient, frozen=True, kw_only=True):
+    """End a stream; it ends with a `stream_end` whose doneReason is "cancelled"."""
+
+    id: Id
+
+
+class Resume(FromClient, frozen=True, kw_only=True):
+    """Reserved: go on with a stream after a break."""
+
+    id: Id
+    last_seq: int
+
+
+class Models(FromClient, frozen=True, kw_only=True):
+    """Ask which models there are."""
+
+
+class Ping(FromClient, frozen=True, kw_only=True):
+    """Ask for a `pong`."""
+
+
+class ToClient(Struct, frozen=True, kw_only=True, rename="camel", tag_field="type", omit_defaults=True):
+    """Base of what a client hears."""
+
+    timestamp: int
+
+
+class Challenge(ToClient, frozen=True, kw_only=True, tag="challenge"):
+    """Sign this, as it is. The first message on every connection."""
+
+    challenge: str
+
+
+class AuthResult(ToClient, frozen=True, kw_only=True, tag="auth_result"):
+    """Whether the signature was right."""
+
+    success: bool
+    error: str | None = None
+
+
+class Queued(ToClient, frozen=True, kw_only=True, tag="queued"):
+    """The request waits for a free slot; `position` counts from 1."""
+
+    id: str
+    position: int
+    eta_ms: int | None = None
+
+
+class StreamStart(ToClient, frozen=True, kw_only=True, tag="stream_start"):
+    """The engine answered: tokens follow."""
+
+    id: str
+    model: str
+
+
+class StreamToken(ToClient, frozen=True, kw_only=True, tag="stream_token"):
+    """A piece of the answer; `seq` rises, and what is not plain text stands beside `token`."""
+
+    id: str
+    token: str
+    seq: int
+    thinking: str | None = None
+    tool_calls: Raw | None = None
+    logprobs: Raw | None = None
+
+
+class Timings(Struct, frozen=True, kw_only=True, rename="camel"):
+    """Where the time went, in ms: waiting for a slot, loading the model, from the request to its first token."""
+
+    queue_ms: int
+    load_ms: int
+    first_token_ms: int | None
+
+
+class StreamEnd(ToClient, frozen=True, kw_only=True, tag="stream_end"):
+    """The stream is complete. `done_reason` is "stop", "length", "load", "unload" or "cancelled"."""
+
+    id: str
+    total_tokens: int
+    elapsed_time: int
+    done_reason: str
+    prompt_tokens: int
+    host: str
+    attempts: int
+    timings: Timings
+    migrated: bool = False
+
+
+class EmbedResult(ToClient, frozen=True, kw_only=True, tag="embed_result"):
+    """The vectors, one per input, and the tokens they took."""
+
+    id: str
+    model: str
+    embeddings: list[list[float]]
+    prompt_tokens: int
+    elapsed_time: int
+
+
+class ErrorMessage(ToClient, frozen=True, kw_only=True, tag="error"):
+    """A request (with `id`) or a message failed. `code` is stable, `error` is for people."""
+
+    error: str
+    code: str
+    id: str | None = None
+    models: tuple[str, ...] | None = None
+    retry_after_ms: int | None = None
+
+
+class ModelsResult(ToClient, frozen=True, kw_only=True, tag="models_result"):
+    """The models there are, by name; `:latest` is dropped."""
+
+    models: tuple[str, ...]
+
+
+class Pong(ToClient, frozen=True, kw_only=True, tag="pong"):
+    """Answer to `ping`."""
+
+
+ClientMessage = Authenticate | Generate | Chat | Embed | Stop | Resume | Models | Ping
+ServerMessage = (
+    Challenge
+    | AuthResult
+    | Queued
+    | StreamStart
+    | StreamToken
+    | StreamEnd
+    | EmbedResult
+    | ErrorMessage
+    | ModelsResult
+    | Pong
+)
+
+
+class Codec:
+    """One of the two encodings of a connection."""
+
+    def __init__(self, *, binary: bool) -> None:
+        self.binary = binary
+        flavour: Any = msgspec.msgpack if binary else msgspec.json
+        self.encode = flavour.Encoder().encode
+        self._decode = flavour.Decoder(ClientMessage).decode
+        self._decode_any = flavour.Decoder().decode
+
+    def decode(self, data: bytes | str) -> Any:
+        """Decode a client's message.
+
+        Raises:
+            BadMessage: it isn't one.
+        """
+        try:
+            return self._decode(data)
+        except msgspec.ValidationError as error:
+            raise self._diagnose(data, str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadMessage(f"not {'msgpack' if self.binary else 'JSON'}: {error}") from None
+
+    def _diagnose(self, data: bytes | str, error: str) -> "BadMessage":
+        """Find out which request a wrong message speaks of, so that its waiter hears of it."""
+        anything = self._decode_any(data)
+        if not isinstance(anything, dict):
+            return BadMessage("a message is a map with a 'type'")
+        ref, kind = anything.get("id"), anything.get("type")
+        ref = ref if isinstance(ref, str) else None
+        if kind not in TYPES:
+            return BadMessage(f"there is no message type {str(kind)[:64]!r}", ref=ref, unknown_type=True)
+        return BadMessage(f"{kind}: {error}", ref=ref)
+
+
+class BadMessage(Exception):
+    """A client's message that can't be understood; `ref` is the request it names, if any."""
+
+    def __init__(self, text: str, *, ref: str | None = None, unknown_type: bool = False) -> None:
+        super().__init__(text)
+        self.ref = ref
+        self.unknown_type = unknown_type
+
+
+JSON: Final = Codec(binary=False)
+MSGPACK: Final = Codec(binary=True)
+TYPES: Final = frozenset(cls.__struct_config__.tag for cls in ClientMessage.__args__)
+
+
+# Ollama's lines -------------------------------------------------------------------------------------------------------
+
+
+class ChatMessage(Struct, frozen=True):
+    content: str = ""
+    thinking: str | None = None
+    tool_calls: Raw | None = None
+
+
+class Line(Struct, frozen=True):
+    """What matters of a line of /api/generate, /api/chat or the document of /api/embed; the rest is ignored."""
+
+    response: str = ""
+    thinking: str | None = None
+    message: ChatMessage | None = None
+    tool_calls: Raw | None = None
+    logprobs: Raw | None = None
+    done: bool = False
+
+
+class Embeddings(Struct, frozen=True):
+    """The document of /api/embed."""
+
+    embeddings: list[list[float]]
+    prompt_eval_count: int = 0
+
+
+decode_line: Final = msgspec.json.Decoder(Line).decode
+decode_embeddings: Final = msgspec.json.Decoder(Embeddings).decode
+
+_QUEUE_FIELDS: Final = frozenset({"id", "priority", "deadline_ms", "options"})
+
+
+def ollama_call(job: Job) -> tuple[str, bytes]:
+    """A request as the HTTP call it stands for: path and JSON body, as a client of Ollama would have sent them.
+
+    `options.max_tokens` is what the guides call Ollama's `num_predict`.
+    """
+    body = {
+        name: value
+        for name in job.__struct_fields__
+        if name not in _QUEUE_FIELDS and (value := getattr(job, name)) is not None
+    }
+    options = dict(job.options)
+    if "max_tokens" in options:
+        options.setdefault("num_predict", options.pop("max_tokens"))
+        options.pop("max_tokens", None)
+    if options:
+        body["options"] = options
+    if not isinstance(job, Embed):
+        body["stream"] = True
+    return f"/api/{type(job).__name__.lower()}", msgspec.json.encode(body)

@@ -1,0 +1,473 @@
+"""One client on one WebSocket: it authenticates, asks, and hears its streams.
+
+A connection has two tasks: one reads messages, the other writes what waits in the outbox. Streams put into the
+outbox from the broker's side. Bounds, and what happens at them:
+
+    messages        a token bucket; refused messages are answered RATE_LIMITED, and a bucketful of refusals closes (1008)
+    streams         `streams_max` at once, then RATE_LIMITED
+    outbox          past `outbox_bytes_max` the connection's streams pause: their events are let go and asked for again
+                    when half of it is read. What must be said all the same (errors, ends) is bounded by what a client
+                    may ask: past twice the bound the connection closes (1008)
+    time            `authenticate_s` to authenticate; `stall_s` without reading aborts it (gateway/protocols.py)
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from common.errors import Code, FabricError, ProcessError
+from common.logs import Log
+from common.protocol import End, short_name
+from gateway import messages
+from gateway.auth import Authenticator
+from gateway.messages import BadMessage, Codec
+from gateway.metrics import Metrics
+from gateway.protocols import BATCH
+from gateway.session import Begins, Events, Output, Over, Stream, Waits
+from gateway.settings import GatewaySettings
+from gateway.upstream import Upstream
+
+log = Log("gateway")
+
+POLICY_VIOLATION: Final = 1008
+GOING_AWAY: Final = 1001
+UNAUTHENTICATED_FRAME_BYTES_MAX: Final = 64 * 1024
+_timestamp: Callable[[], int] = lambda: int(time.time() * 1000)  # noqa: E731
+
+
+@dataclass(slots=True)
+class Services:
+    """What all connections of a gateway share."""
+
+    settings: GatewaySettings
+    upstream: Upstream
+    authenticator: Authenticator
+    metrics: Metrics
+
+
+class Bucket:
+    """A token bucket (messages per second, with a burst)."""
+
+    def __init__(self, rate: float, burst: int, now: float) -> None:
+        self._rate, self._burst, self._tokens, self._at = rate, burst, float(burst), now
+
+    def take(self, now: float) -> float:
+        """Take one; 0 if there was one, else the seconds until there is."""
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) / self._rate
+
+
+class Closed(Exception):
+    """The connection is to be closed, with this code and reason."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Connection:
+    """A client's connection, from the accepted handshake to its end."""
+
+    def __init__(self, websocket: WebSocket, services: Services) -> None:
+        settings = services.settings
+        self._websocket = websocket
+        self._services = services
+        self._loop = asyncio.get_running_loop()
+        self._codec: Codec = messages.JSON
+        self._client = ""
+        self._streams: dict[str, ClientStream] = {}
+        self._outbox: deque[bytes] = deque()
+        self._outbox_bytes = 0
+        self._outbox_filled = asyncio.Event()
+        self._paused = False
+        self._closing: Closed | None = None
+        self._bucket = Bucket(settings.messages_per_s, settings.messages_burst, self._loop.time())
+        self._refused = 0
+        self._batches = BATCH in websocket.scope.get("extensions", {})
+
+    async def run(self) -> None:
+        """Serve the client until it leaves or is sent away."""
+        offered = self._websocket.scope.get("subprotocols", [])
+        subprotocol = messages.SUBPROTOCOL if messages.SUBPROTOCOL in offered else None
+        if subprotocol:
+            self._codec = messages.MSGPACK
+        metrics = self._services.metrics
+        metrics.unauthenticated += 1
+        try:
+            await self._websocket.accept(subprotocol)
+            try:
+                await self._authenticate()
+            finally:
+                metrics.unauthenticated -= 1
+            metrics.connections += 1
+            try:
+                await self._serve()
+            finally:
+                metrics.connections -= 1
+        except Closed as closed:
+            with contextlib.suppress(WebSocketDisconnect):
+                await self._write(list(self._outbox))
+                await self._websocket.close(closed.code, closed.reason)
+        except (_Left, WebSocketDisconnect):
+            pass  # the client went away, perhaps while something was being sent to it
+
+    def dismiss(self) -> None:
+        """The gateway is ending: say so and close."""
+        self._close(GOING_AWAY, "the gateway is shutting down")
+
+    # Authentication ---------------------------------------------------------------------------------------------------
+
+    async def _authenticate(self) -> None:
+        authenticator = self._services.authenticator
+        challenge = authenticator.challenge()
+        await self._write([self._encode(messages.Challenge, challenge=challenge.line)])
+        try:
+            async with asyncio.timeout(self._services.settings.authenticate_s):
+                data = await self._receive()
+        except TimeoutError:
+            raise Closed(POLICY_VIOLATION, "not authenticated in time") from None
+        if len(data) > UNAUTHENTICATED_FRAME_BYTES_MAX:
+            raise Closed(POLICY_VIOLATION, "too large a message before authentication")
+        try:
+            message = self._codec.decode(data)
+        except BadMessage as error:
+            await self._write([self._error(Code.INVALID_MESSAGE, f"authenticate first; {error}", ref=error.ref)])
+            raise Closed(POLICY_VIOLATION, "not an authenticate") from None
+        if not isinstance(message, messages.Authenticate):
+            text = "authenticate first: sign the challenge and send it back"
+            await self._write([self._error(Code.AUTH_REQUIRED, text, ref=getattr(message, "id", None))])
+            raise Closed(POLICY_VIOLATION, "not authenticated")
+        try:
+            client = await authenticator.authenticate(
+                challenge, message.client_id, message.signature, message.algorithm
+            )
+        except FabricError as error:
+            self._services.metrics.authentications_failed += 1
+            await self._write([self._encode(messages.AuthResult, success=False, error=error.message)])
+            raise Closed(POLICY_VIOLATION, error.message) from None
+        except ProcessError as error:
+            log.warn("client registry unreadable", reason=str(error))
+            text = "the gateway cannot read its client registry; try again later"
+            await self._write([self._encode(messages.AuthResult, success=False, error=text)])
+            raise Closed(1011, "registry unreadable") from None
+        self._client = client.id
+        await self._write([self._encode(messages.AuthResult, success=True)])
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        writer = self._loop.create_task(self._write_outbox())
+        reader = self._loop.create_task(self._read())
+        try:
+            # Whichever ends first ends the connection; its exception says how.
+            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
+            for task in (reader, writer):
+                if task.done():
+                    task.result()
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            for stream in list(self._streams.values()):
+                self._services.upstream.forget(stream.stream)
+            self._streams.clear()
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                data = await self._receive()
+            except _Left:
+                return
+            wait_s = self._bucket.take(self._loop.time())
+            if wait_s:
+                self._refuse(data, wait_s)
+                continue
+            self._handle(data)
+
+    def _refuse(self, data: bytes | str, wait_s: float) -> None:
+        self._refused += 1
+        if self._refused > self._services.settings.messages_burst:
+            raise Closed(POLICY_VIOLATION, "too many messages")
+        try:
+            ref = getattr(self._codec.decode(data), "id", None)
+        except BadMessage as error:
+            ref = error.ref
+        text = f"at most {self._services.settings.messages_per_s:g} messages a second"
+        self._say_error(Code.RATE_LIMITED, text, ref=ref, retry_after_ms=int(wait_s * 1000) + 1)
+
+    def _handle(self, data: bytes | str) -> None:
+        settings = self._services.settings
+        if len(data) > settings.frame_bytes_max:
+            # It was read whole, so its id could be found; but a message this large is not worth decoding.
+            self._say_error(Code.TOO_LARGE, f"a message may have at most {settings.frame_bytes_max} bytes")
+            return
+        try:
+            message = self._codec.decode(data)
+        except BadMessage as error:
+            code = Code.UNKNOWN_TYPE if error.unknown_type else Code.INVALID_MESSAGE
+            self._say_error(code, str(error), ref=error.ref)
+            return
+        match message:
+            case messages.Job():
+                self._submit(message)
+            case messages.Stop():
+                stream = self._streams.get(message.id)
+                if stream is None:
+                    self._say_error(Code.NOT_FOUND, "no such stream on this connection", ref=message.id)
+                else:
+                    stream.stopped = True
+                    self._services.upstream.cancel(stream.stream, "stopped by the client")
+            case messages.Models():
+                self._say(messages.ModelsResult, models=self._services.upstream.fleet.models)
+            case messages.Ping():
+                self._say(messages.Pong)
+            case messages.Resume():
+                self._say_error(Code.NOT_FOUND, "no such stream to resume; send the request again", ref=message.id)
+            case messages.Authenticate():
+                self._say_error(Code.INVALID_MESSAGE, "already authenticated")
+                raise Closed(POLICY_VIOLATION, "a second authenticate")
+
+    def _submit(self, job: messages.Job) -> None:
+        settings = self._services.settings
+        if job.id in self._streams:
+            self._say_error(Code.DUPLICATE_ID, f"a request with the id {job.id!r} is running", ref=job.id)
+            return
+        if len(self._streams) >= settings.streams_max:
+            text = f"at most {settings.streams_max} requests at once on one connection"
+            self._say_error(Code.RATE_LIMITED, text, ref=job.id, retry_after_ms=1000)
+            return
+        stream = ClientStream(self, job)
+        try:
+            path, body = messages.ollama_call(job)
+            stream.stream = self._services.upstream.submit(
+                client=self._client,
+                ref=job.id,
+                model=job.model,
+                path=path,
+                body=body,
+                sink=stream.hear,
+                priority=job.priority,
+                deadline_ms=job.deadline_ms,
+            )
+        except FabricError as error:
+            self._say_error(error.code, error.message, ref=job.id)
+            return
+        self._streams[job.id] = stream
+        self._services.metrics.requests += 1
+
+    async def _receive(self) -> bytes | str:
+        event = await self._websocket.receive()
+        if event["type"] == "websocket.disconnect":
+            raise _Left
+        data: bytes | str | None = event.get("text")
+        if data is None:
+            data = event["bytes"]
+        return data
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def push(self, frame: bytes) -> None:
+        """Put an encoded message into the outbox."""
+        self._outbox.append(frame)
+        self._outbox_bytes += len(frame)
+        self._outbox_filled.set()
+        bound = self._services.settings.outbox_bytes_max
+        if self._outbox_bytes > bound and not self._paused:
+            self._paused = True
+            self._services.metrics.pauses += 1
+            for stream in self._streams.values():
+                stream.stream.pause()
+        if self._outbox_bytes > 2 * bound:
+            self._close(POLICY_VIOLATION, "the client does not read")
+
+    async def _write_outbox(self) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            if self._outbox:
+                batch = list(self._outbox)
+                self._outbox.clear()
+                await self._write(batch)
+                # Only now: what the transport holds back has not been read by anyone.
+                self._outbox_bytes = sum(map(len, self._outbox))
+                if self._paused and self._outbox_bytes <= self._services.settings.outbox_bytes_max // 2:
+                    self._paused = False
+                    for stream in list(self._streams.values()):
+                        self._services.upstream.unpause(stream.stream)
+            if self._closing is not None and not self._outbox:
+                raise self._closing
+
+    async def _write(self, frames: list[bytes]) -> None:
+        if self._batches:
+            await self._websocket.send({"type": "websocket.send", "batch": frames, "binary": self._codec.binary})
+            return
+        for frame in frames:
+            if self._codec.binary:
+                await self._websocket.send({"type": "websocket.send", "bytes": frame})
+            else:
+                await self._websocket.send({"type": "websocket.send", "text": frame.decode()})
+
+    def _close(self, code: int, reason: str) -> None:
+        if self._closing is None:
+            self._closing = Closed(code, reason)
+        self._outbox_filled.set()
+
+    def _encode(self, kind: Callable[..., Any], **fields: Any) -> bytes:
+        encoded: bytes = self._codec.encode(kind(timestamp=_timestamp(), **fields))
+        return encoded
+
+    def _say(self, kind: Callable[..., Any], **fields: Any) -> None:
+        self.push(self._encode(kind, **fields))
+
+    def _error(self, code: Code, text: str, *, ref: str | None = None, **more: Any) -> bytes:
+        self._services.metrics.errors[code] += 1
+        return self._encode(messages.ErrorMessage, id=ref, code=code.value, error=text, **more)
+
+    def _say_error(self, code: Code, text: str, *, ref: str | None = None, **more: Any) -> None:
+        self.push(self._error(code, text, ref=ref, **more))
+
+
+class ClientStream:
+    """Translates one stream's lines, as Ollama writes them, into the client's messages."""
+
+    __slots__ = ("_connection", "_job", "_tokens", "stopped", "stream")
+
+    stream: Stream
+
+    def __init__(self, connection: Connection, job: messages.Job) -> None:
+        self._connection = connection
+        self._job = job
+        self._tokens = 0
+        self.stopped = False
+
+    def hear(self, output: Output) -> None:
+        """Take in what happened to the stream."""
+        connection, ref = self._connection, self._job.id
+        match output:
+            case Events():
+                self._on_events(output)
+            case Waits():
+                connection._say(messages.Queued, id=ref, position=output.position, eta_ms=output.eta_ms)
+            case Begins():
+                if not isinstance(self._job, messages.Embed):
+                    connection._say(messages.StreamStart, id=ref, model=short_name(self._job.model))
+            case Over():
+                connection._streams.pop(ref, None)
+                self._on_over(output)
+
+    def _on_events(self, events: Events) -> None:
+        connection = self._connection
+        encode = connection._codec.encode
+        push = connection.push
+        ref = self._job.id
+        now = _timestamp()
+        if isinstance(self._job, messages.Embed):
+            self._on_embeddings(events.payload)
+            return
+        for seq, text in enumerate(events.lines(), events.seq):
+            try:
+                line = messages.decode_line(text)
+            except msgspec.MsgspecError:
+                log.warn("engine's line not understood", rid=self.stream.submit.rid, seq=seq)
+                continue
+            if line.message is None:
+                token, thinking, tool_calls = line.response, line.thinking, line.tool_calls
+            else:
+                token, thinking, tool_calls = line.message.content, line.message.thinking, line.message.tool_calls
+            if token or thinking or tool_calls is not None:
+                self._tokens += 1
+                push(
+                    encode(
+                        messages.StreamToken(
+                            timestamp=now,
+                            id=ref,
+                            token=token,
+                            seq=seq,
+                            thinking=thinking,
+                            tool_calls=self._embeddable(tool_calls),
+                            logprobs=self._embeddable(line.logprobs),
+                        )
+                    )
+                )
+        connection._services.metrics.events += events.n - events.skip
+
+    def _embeddable(self, raw: msgspec.Raw | None) -> Any:
+        """A piece of Ollama's JSON as it can stand in a message: as it is in JSON, decoded for msgpack."""
+        return raw if raw is None or not self._connection._codec.binary else msgspec.json.decode(raw)
+
+    def _on_embeddings(self, document: bytes) -> None:
+        try:
+            result = messages.decode_embeddings(document)
+        except msgspec.MsgspecError as error:
+            self._connection._say_error(
+                Code.BACKEND_ERROR, f"the engine's answer is no embedding: {error}", ref=self._job.id
+            )
+            return
+        self._connection._say(
+            messages.EmbedResult,
+            id=self._job.id,
+            model=short_name(self._job.model),
+            embeddings=result.embeddings,
+            prompt_tokens=result.prompt_eval_count,
+            elapsed_time=self._elapsed_ms(),
+        )
+
+    def _on_over(self, over: Over) -> None:
+        connection, terminal = self._connection, over.terminal
+        metrics = connection._services.metrics
+        metrics.finished(self.stream, terminal)
+        if isinstance(terminal, End):
+            if not isinstance(self._job, messages.Embed):
+                self._say_end(terminal.stats.done_reason or "stop", terminal)
+        elif terminal.code is Code.CANCELLED and self.stopped:
+            self._say_end("cancelled", None)
+        else:
+            connection._say_error(
+                terminal.code,
+                terminal.message,
+                ref=self._job.id,
+                models=terminal.models or None,
+                retry_after_ms=terminal.retry_after_ms,
+            )
+
+    def _say_end(self, done_reason: str, end: End | None) -> None:
+        stream = self.stream
+        stats = end.stats if end else None
+        self._connection._say(
+            messages.StreamEnd,
+            id=self._job.id,
+            total_tokens=(stats.completion_tokens if stats else 0) or self._tokens,
+            elapsed_time=self._elapsed_ms(),
+            done_reason=done_reason,
+            prompt_tokens=stats.prompt_tokens if stats else 0,
+            host=stream.worker,
+            attempts=stream.attempts,
+            timings=messages.Timings(
+                queue_ms=_ms(stream.submitted_at, stream.leased_at) or 0,
+                load_ms=stats.load_ns // 1_000_000 if stats else 0,
+                first_token_ms=_ms(stream.submitted_at, stream.first_event_at),
+            ),
+        )
+
+    def _elapsed_ms(self) -> int:
+        return int((self._connection._loop.time() - self.stream.submitted_at) * 1000)
+
+
+class _Left(Exception):
+    """The client closed, or its line broke."""
+
+
+def _ms(start: float, end: float | None) -> int | None:
+    return None if end is None else int((end - start) * 1000)
