@@ -21,13 +21,14 @@ Rules that keep the promises:
 - **`submit` is idempotent by rid.** A gateway that reconnects submits everything without a terminal again; what the
   core still holds is told again, what it does not know starts anew unless events had been delivered.
 - A peer that is silent for three heartbeats is lost. A line that breaks is not: the peer comes back with `register` or
-  `hello` under a new routing id, or the heartbeats run out.
+  `hello` under a new routing id, or the heartbeats run out. One that could not be sent something and still speaks is
+  answered `who`: only a `register` or `hello` repairs what it missed.
 """
 
 import heapq
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.events import Effect, Event, Forward, Garbled, Note, Overflowed, Received, Send, Side, Unreachable
+from broker.events import Effect, Event, Forward, Note, Overflowed, Received, Send, Side, Unreachable
 from broker.scheduler import Scheduler, WarmFirst
 from broker.settings import BrokerSettings
 from broker.state import RUNNING, Gateway, Phase, Request, State, Worker
@@ -83,6 +84,10 @@ POSITIONS_MAX: Final = 500
 REFUSED_PAUSE_S: Final = 0.25
 """A worker that refused an assign gets no other for so long: its own view of its slots must reach us first."""
 SNAPSHOT_JOBS_MAX: Final = 1000
+STALL_S: Final = 2 * HEARTBEAT_INTERVAL_S
+"""A tick this late means that this process was stopped: it has heard nobody, so nobody counts as silent."""
+DEADLINES_SLACK: Final = 64
+"""Entries of the deadline heap that may be of requests that are over, beside as many as there are requests."""
 
 
 class BrokerCore:
@@ -100,6 +105,7 @@ class BrokerCore:
         self._client_waiting: dict[str, int] = {}
         self._served: dict[str, float] = {}
         self._deadlines: list[tuple[float, bytes]] = []
+        self._ticked = now
         self._next_beat = now
         self._next_positions = now + POSITIONS_INTERVAL_S
         self._fleet_told: tuple[tuple[str, ...], int] = ((), 0)
@@ -124,19 +130,27 @@ class BrokerCore:
             Bye: self._on_worker_bye,
         }
 
-    # The three entrances ----------------------------------------------------------------------------------------------
+    # The entrances ----------------------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event."""
         self._out = out = list[Effect]()
         match event:
             case Received(side=Side.WORKER, message=Chunk()):
-                self._on_chunk(event, now)
+                gateway_peer = self.route(event.peer, event.message, now)
+                if gateway_peer is None:
+                    self._stale(event.peer, event.message.rid, event.message.attempt)
+                else:
+                    out.append(Forward(gateway_peer, event.message.rid, event.frame))
                 return out
             case Received(side=Side.WORKER):
                 self._worker_says(event, now)
+                if isinstance(event.message, Beat):
+                    return out
             case Received():
                 self._gateway_says(event, now)
+                if isinstance(event.message, Beat):
+                    return out
             case Overflowed():
                 request = self.state.requests.get(event.rid)
                 if request is not None:
@@ -147,25 +161,52 @@ class BrokerCore:
                 if worker is not None:
                     worker.reachable = False
             case Unreachable():
-                pass  # A gateway comes back under a new routing id, or its heartbeats run out.
-            case Garbled():
+                gateway = self.state.gateways.get(event.peer)
+                if gateway is not None:
+                    gateway.reachable = False
+            case _:  # Garbled
                 self.garbled += 1
                 self._send(event.side, event.peer, Error(code=Code.INVALID_MESSAGE, message=event.reason))
                 self._note("message not understood", side=event.side.value, reason=event.reason)
         self._place(now)
         return out
 
+    def route(self, peer: bytes, chunk: Chunk, now: float) -> bytes | None:
+        """The hot path of `handle`: the gateway to which a worker's chunk goes on, its frame unchanged.
+
+        None: the attempt holds no lease of this worker, and `handle` has the answer.
+        """
+        request = self.state.requests.get(chunk.rid)
+        if request is None or request.attempt != chunk.attempt:
+            return None
+        worker = request.worker
+        if worker is None or worker.peer != peer:
+            return None
+        worker.seen = now
+        if request.phase is Phase.LEASED:
+            self.state.move(request, Phase.STREAMING)
+        top = chunk.seq + chunk.n
+        if top > request.events:
+            request.events = top
+        return request.gateway.peer
+
     def tick(self, now: float) -> list[Effect]:
         """Do what time demands: heartbeats out, the silent declared lost, deadlines, positions."""
         self._out = out = list[Effect]()
+        if now - self._ticked > STALL_S:
+            for worker in self.state.workers.values():
+                worker.seen = now
+            for gateway in self.state.gateways.values():
+                gateway.seen = now
+        self._ticked = now
         for worker in [w for w in self.state.workers.values() if now - w.seen > SILENCE_S]:
             self._lose_worker(worker, "silent for three heartbeats", now)
         for gateway in [g for g in self.state.gateways.values() if now - g.seen > SILENCE_S]:
             self._lose_gateway(gateway, "silent for three heartbeats")
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, rid = heapq.heappop(self._deadlines)
+            deadline, rid = heapq.heappop(self._deadlines)
             request = self.state.requests.get(rid)
-            if request is not None and request.phase is not Phase.ENDED:
+            if request is not None and request.deadline == deadline and request.phase is not Phase.ENDED:
                 self._stop(request, Code.DEADLINE_EXCEEDED, "the request's deadline has passed", now)
         for gateway in self.state.gateways.values():
             while gateway.gapped:
@@ -180,6 +221,12 @@ class BrokerCore:
             for request in [r for r in self.state.requests.values() if r.phase is Phase.ENDED]:
                 if now - request.ended > self.settings.ack_s:
                     self._forget(request)
+            if len(self._deadlines) > 2 * len(self.state.requests) + DEADLINES_SLACK:
+                self._deadlines = [(r.deadline, r.rid) for r in self.state.requests.values() if r.deadline is not None]
+                heapq.heapify(self._deadlines)
+        for worker in self.state.workers.values():
+            if worker.paused_until <= now:
+                worker.paused_until = 0.0
         self._place(now)
         if now >= self._next_positions:
             self._next_positions = now + POSITIONS_INTERVAL_S
@@ -188,7 +235,7 @@ class BrokerCore:
 
     def next_deadline(self) -> float:
         """When `tick` should be called at the latest."""
-        paused = [w.paused_until for w in self.state.workers.values() if w.paused_until > self._next_beat - 1]
+        paused = [worker.paused_until for worker in self.state.workers.values() if worker.paused_until]
         soonest = min([self._next_beat, self._next_positions, *paused])
         return min(soonest, self._deadlines[0][0]) if self._deadlines else soonest
 
@@ -212,6 +259,8 @@ class BrokerCore:
             self._refuse_type(event)
         elif gateway is not None:
             gateway.seen = now
+            if not gateway.reachable:
+                self._send(Side.GATEWAY, event.peer, Who())
             handler(gateway, message, event.payload, now)
         elif not isinstance(message, Bye):
             self._send(Side.GATEWAY, event.peer, Who())
@@ -219,13 +268,16 @@ class BrokerCore:
     def _on_hello(self, peer: bytes, message: Hello, now: float) -> None:
         if not self._same_version(Side.GATEWAY, peer, message.version):
             return
+        other = self.state.gateways.get(peer)
+        if other is not None and other.name != message.name:
+            self._lose_gateway(other, "took another name")
         gateway = self.state.gateways_by_name.get(message.name)
         if gateway is None:
             gateway = Gateway(name=message.name, peer=peer, seen=now)
             self._note("gateway connected", gateway=message.name)
         else:
-            self.state.gateways.pop(gateway.peer, None)
-            gateway.peer, gateway.seen = peer, now
+            del self.state.gateways[gateway.peer]
+            gateway.peer, gateway.seen, gateway.reachable = peer, now, True
         self.state.gateways[peer] = self.state.gateways_by_name[message.name] = gateway
         self._send(Side.GATEWAY, peer, self._snapshot(Query(id=0), now))
 
@@ -234,6 +286,10 @@ class BrokerCore:
         if known is not None:
             if known.gateway is gateway:
                 self._tell_again(known)
+            else:
+                text = "another gateway holds a request of this rid"
+                taken = Failed(rid=submit.rid, attempt=submit.attempt, code=Code.DUPLICATE_ID, message=text)
+                self._send(Side.GATEWAY, gateway.peer, taken)
             return
         refusal = self._refusal(submit, body, now)
         if refusal is not None:
@@ -285,20 +341,20 @@ class BrokerCore:
                 retryable=True,
             )
         if not self._hoped_for(submit.model, now):
-            return self._unserved(submit.rid, submit.model)
+            return self._unserved(submit.rid, submit.model, submit.attempt)
         return None
 
     def _hoped_for(self, model: str, now: float) -> bool:
         """Whether a host has the model, or may have it again in a moment."""
-        if any(True for _ in self.state.offers(model)):
+        if self.state.offers(model):
             return True
         seen = self._served.get(model)
         if seen is not None and now - seen < self.settings.unserved_s:
             return True
         return now - self._started < self.settings.settle_s
 
-    def _unserved(self, rid: bytes, model: str, attempt: int = 0) -> Failed:
-        models = tuple(short_name(name) for name in self.state.models())
+    def _unserved(self, rid: bytes, model: str, attempt: int) -> Failed:
+        models = tuple(sorted(map(short_name, self.state.models())))
         if not models:
             return Failed(
                 rid=rid,
@@ -375,18 +431,20 @@ class BrokerCore:
             self._on_register(event.peer, message, now)
             return
         worker = self.state.workers_by_peer.get(event.peer)
-        handler = self._from_worker.get(type(message))
-        if handler is None:
-            self._refuse_type(event)
-        elif worker is not None:
+        if worker is not None:
             worker.seen = now
-            handler(worker, message, event.payload, now)
+            if not worker.reachable:
+                self._send(Side.WORKER, event.peer, Who())
+            self._from_worker[type(message)](worker, message, event.payload, now)
         elif not isinstance(message, Bye):
             self._send(Side.WORKER, event.peer, Who())
 
     def _on_register(self, peer: bytes, message: Register, now: float) -> None:
         if not self._same_version(Side.WORKER, peer, message.version):
             return
+        other = self.state.workers_by_peer.get(peer)
+        if other is not None and other.name != message.name:
+            self._lose_worker(other, "took another name", now)
         worker = self.state.workers.get(message.name)
         if worker is not None and worker.epoch != message.epoch:
             self._send(Side.WORKER, worker.peer, Superseded())
@@ -430,21 +488,6 @@ class BrokerCore:
         worker.engines = {engine.url: engine for engine in message.engines}
         worker.draining = message.draining
         self._fleet_changed(now)
-
-    def _on_chunk(self, event: Received, now: float) -> None:
-        """The hot path: one dictionary look-up and one comparison, then the frame goes on as it came."""
-        message: Chunk = event.message
-        request = self.state.requests.get(message.rid)
-        if request is None or request.attempt != message.attempt or request.worker is None:
-            self._stale(event.peer, message.rid, message.attempt)
-            return
-        request.worker.seen = now
-        if request.phase is Phase.LEASED:
-            self.state.move(request, Phase.STREAMING)
-        top = message.seq + message.n
-        if top > request.events:
-            request.events = top
-        self._out.append(Forward(request.gateway.peer, message.rid, event.frame))
 
     def _held(self, worker: Worker, rid: bytes, attempt: int) -> Request | None:
         """The running request this attempt belongs to; otherwise the attempt is stale and is cancelled."""
@@ -625,10 +668,14 @@ class BrokerCore:
             self._served[model] = now
         for model in [m for m, seen in self._served.items() if now - seen > self.settings.unserved_s]:
             del self._served[model]
-        for request in [r for _, r in self.scheduler.waiting() if not self._hoped_for(r.submit.model, now)]:
-            self._unqueue(request)
-            self._send(Side.GATEWAY, request.gateway.peer, self._unserved(request.rid, request.submit.model))
-            self._forget(request)
+        waiting = [request for _, request in self.scheduler.waiting()]
+        hopeless = {model for model in {r.submit.model for r in waiting} if not self._hoped_for(model, now)}
+        for request in waiting:
+            if request.submit.model in hopeless:
+                self._unqueue(request)
+                failed = self._unserved(request.rid, request.submit.model, request.attempt)
+                self._send(Side.GATEWAY, request.gateway.peer, failed)
+                self._forget(request)
 
     # Telling ----------------------------------------------------------------------------------------------------------
 
@@ -661,6 +708,7 @@ class BrokerCore:
             self._tell_position(request, position)
 
     def _fleet_changed(self, now: float) -> None:
+        self.state.index_offers()
         fleet = self.state.models(), len(self.state.workers)
         for model in fleet[0]:
             self._served[model] = now
@@ -675,7 +723,7 @@ class BrokerCore:
         return Snapshot(
             id=query.id,
             what=query.what,
-            models=tuple(short_name(name) for name in state.models()),
+            models=tuple(sorted(map(short_name, state.models()))),
             workers=len(state.workers),
             queued=len(self.scheduler),
             running=state.phases[Phase.LEASED] + state.phases[Phase.STREAMING],

@@ -13,9 +13,13 @@ from common.config import refuse_exposed
 from common.errors import ProtocolError
 from common.logs import Log
 from common.process import until
+from common.protocol import Chunk
 from common.transport import Sent, Socket
 
 log = Log("broker")
+
+TICK_S_MAX = 0.05
+"""Between two ticks a request may come whose deadline is the next."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -52,21 +56,36 @@ class Broker:
     async def _ticks(self) -> None:
         while True:
             self._carry_out(self.core.tick(self._loop.time()))
-            await asyncio.sleep(max(0.01, self.core.next_deadline() - self._loop.time()))
+            await asyncio.sleep(min(max(0.01, self.core.next_deadline() - self._loop.time()), TICK_S_MAX))
 
     def _on_gateway_frame(self, peer: bytes, frame: bytes) -> None:
-        self._on_frame(Side.GATEWAY, protocol.from_gateway, peer, frame)
+        try:
+            message, payload = protocol.from_gateway.decode(frame)
+        except ProtocolError as error:
+            self._feed(Garbled(Side.GATEWAY, peer, str(error)))
+            return
+        self._feed(Received(Side.GATEWAY, peer, message, payload, frame))
 
     def _on_worker_frame(self, peer: bytes, frame: bytes) -> None:
-        self._on_frame(Side.WORKER, protocol.from_worker, peer, frame)
-
-    def _on_frame(self, side: Side, decoder: protocol.Decoder, peer: bytes, frame: bytes) -> None:
         try:
-            message, payload = decoder.decode(frame)
+            message, end = protocol.from_worker.header(frame)
         except ProtocolError as error:
-            self._feed(Garbled(side, peer, str(error)))
+            self._feed(Garbled(Side.WORKER, peer, str(error)))
             return
-        self._feed(Received(side, peer, message, payload, frame))
+        if type(message) is Chunk:
+            # Nearly all there is to do: no event, no effect, and its payload is never copied.
+            gateway = self.core.route(peer, message, self._loop.time())
+            if gateway is not None:
+                self._forward(gateway, message.rid, frame)
+                return
+        self._feed(Received(Side.WORKER, peer, message, frame[end:], frame))
+
+    def _forward(self, gateway: bytes, rid: bytes, frame: bytes) -> None:
+        sent = self._gateways.send(frame, gateway, droppable=True)
+        if sent is Sent.FULL:
+            self._feed(Overflowed(gateway, rid))
+        elif sent is Sent.GONE:
+            self._feed(Unreachable(Side.GATEWAY, gateway))
 
     def _feed(self, event: Event) -> None:
         self._carry_out(self.core.handle(event, self._loop.time()))
@@ -74,14 +93,13 @@ class Broker:
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             if type(effect) is Forward:
-                sent = self._gateways.send(effect.frame, effect.peer, droppable=True)
-                if sent is Sent.FULL:
-                    self._feed(Overflowed(effect.peer, effect.rid))
+                self._forward(effect.peer, effect.rid, effect.frame)
             elif type(effect) is Send:
                 socket = self._gateways if effect.side is Side.GATEWAY else self._workers
                 sent = socket.send(protocol.encode(effect.message, effect.payload), effect.peer)
                 if sent is Sent.GONE:
-                    self._feed(Unreachable(effect.side, effect.peer))
+                    # What follows from it is carried out after what was decided before.
+                    effects += self.core.handle(Unreachable(effect.side, effect.peer), self._loop.time())
             elif type(effect) is Note:
                 log(effect.event, **effect.facts)
 

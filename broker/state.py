@@ -16,8 +16,8 @@ Rules
 - An attempt that is not `request.attempt` holds nothing: whatever comes from it is stale.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -43,6 +43,12 @@ TRANSITIONS: dict[Phase | None, frozenset[Phase | None]] = {
 """From → to; None is "not held by the broker"."""
 
 
+STORY_MAX = 32
+"""Moves a request remembers: one that is refused and queued again for hours must not grow."""
+
+Offer = tuple["Worker", Engine, Model]
+
+
 class InvariantError(AssertionError):
     """The broker's own state is wrong: a bug, and the process must not go on as if it weren't."""
 
@@ -54,6 +60,7 @@ class Gateway:
     name: str
     peer: bytes
     seen: float
+    reachable: bool = True
     rids: set[bytes] = field(default_factory=set)
     gapped: set[bytes] = field(default_factory=set)
     """Requests of which a chunk was dropped on the way to this gateway."""
@@ -100,7 +107,7 @@ class Request:
     terminal_payload: bytes = b""
     ended: float = 0.0
     told_position: int = 0
-    story: list[str] = field(default_factory=list)
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_MAX))
 
     def __repr__(self) -> str:
         return f"<request {self.rid.hex()[:8]} {self.submit.model} {' '.join(self.story)}>"
@@ -117,6 +124,7 @@ class State:
         self.workers_by_peer: dict[bytes, Worker] = {}
         self.phases: Counter[Phase] = Counter()
         self.body_bytes = 0
+        self._offers: dict[str, list[Offer]] = {}
 
     def move(
         self,
@@ -173,28 +181,22 @@ class State:
         if not request.worker.busy[key]:
             del request.worker.busy[key]
 
-    def offers(self, model: str) -> Iterator[tuple[Worker, Engine, Model]]:
-        """Every engine that has the model, full or not, on workers that take work."""
+    def index_offers(self) -> None:
+        """Find again who offers what; called whenever workers or their engines have changed."""
+        self._offers = {}
         for worker in self.workers.values():
             for engine in worker.engines.values():
                 if engine.up:
-                    for candidate in engine.models:
-                        if candidate.name == model:
-                            yield worker, engine, candidate
+                    for model in engine.models:
+                        self._offers.setdefault(model.name, []).append((worker, engine, model))
+
+    def offers(self, model: str) -> Sequence[Offer]:
+        """Every engine that has the model, full or not, draining or not."""
+        return self._offers.get(model, ())
 
     def models(self) -> tuple[str, ...]:
         """The names of all models that can be served now, sorted."""
-        return tuple(
-            sorted(
-                {
-                    model.name
-                    for worker in self.workers.values()
-                    for engine in worker.engines.values()
-                    if engine.up
-                    for model in engine.models
-                }
-            )
-        )
+        return tuple(sorted(self._offers))
 
     def validate(self, queued: Iterable[Request]) -> None:
         """Check every rule of this module; `queued` is what the scheduler holds.
@@ -229,6 +231,11 @@ class State:
                 check(request.terminal is None, f"{request!r} runs and has ended")
             else:
                 check(request.terminal is not None, f"{request!r} ended without a terminal")
+        check(len(self.gateways) == len(self.gateways_by_name), "a gateway is known by two routing ids")
+        check(len(self.workers_by_peer) == len(self.workers), "a worker is known by two routing ids")
+        offers = self._offers
+        self.index_offers()
+        check(offers == self._offers, "the offers are not what the workers say")
         for gateway in self.gateways_by_name.values():
             check(all(rid in self.requests for rid in gateway.rids), f"gateway {gateway.name} holds a foreign request")
             check(self.gateways.get(gateway.peer) is gateway, f"gateway {gateway.name} is not found by its peer")

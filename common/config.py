@@ -136,7 +136,7 @@ def host_port(text: str, what: str) -> tuple[str, int]:
         UsageError: it isn't one.
     """
     host, _, port = text.removeprefix("tcp://").removeprefix("http://").rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{what} must read HOST:PORT, not {text!r}")
     return host.strip("[]"), int(port)
 

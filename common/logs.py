@@ -56,7 +56,7 @@ def setup(*, level: str = "info", fmt: Format = "text") -> None:
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         process = record.name.removeprefix("weftline.")
-        facts = "".join(f" {key}={_plain(value)}" for key, value in getattr(record, "facts", {}).items())
+        facts = "".join(f" {key}={_word(_plain(value))}" for key, value in getattr(record, "facts", {}).items())
         line = f"{_when(record)} {record.levelname:<7} {process} {record.getMessage()}{facts}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -77,6 +77,13 @@ class _Json(logging.Formatter):
 
 def _when(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _word(value: object) -> str:
+    """One word: what a peer said must neither look like another fact nor begin a line of its own."""
+    text = str(value)
+    plain = text.isprintable()
+    return text if plain and text and not set(text) & set(' "') else json.dumps(text, ensure_ascii=not plain)
 
 
 def _plain(value: object) -> object:

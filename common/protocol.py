@@ -18,7 +18,7 @@ two brokers ever name the same one.
 Durations on the wire are milliseconds that remain, never points in time: clocks of two hosts are not compared.
 """
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -48,6 +48,12 @@ def attempt_of(ordinal: int, nonce: int) -> int:
 def ordinal_of(attempt: int) -> int:
     """The ordinal of an attempt, 0 for "none yet"."""
     return attempt >> 32
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+"""Events or milliseconds, bounded so that no sum of them outgrows msgpack's 64 bits or a float."""
+Attempt = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+"""As `attempt_of` makes them, with room for one more."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag=str.lower):
@@ -128,9 +134,9 @@ class Submit(Message, frozen=True):
     weight: float = 1.0
     deadline_ms: int | None = None
     grace_ms: int = 0
-    waited_ms: int = 0
-    attempt: int = 0
-    next_seq: int = 0
+    waited_ms: Count = 0
+    attempt: Attempt = 0
+    next_seq: Count = 0
     prompt_bytes: int = 0
     prefix: tuple[bytes, ...] = ()
 
@@ -227,8 +233,8 @@ class Chunk(Message, frozen=True):
 
     rid: bytes
     attempt: int
-    seq: int
-    n: int
+    seq: Count
+    n: Count
 
 
 class Gap(Message, frozen=True):
@@ -423,6 +429,8 @@ ToWorker = Registered | Who | Assign | Cancel | Replay | Release | Drain | Super
 
 _encoder = msgspec.msgpack.Encoder()
 _HEADER = 4
+ERROR_TEXT_MAX: Final = 200
+"""What is told and logged of a mistake: it may quote the peer."""
 
 
 def encode(message: Message, payload: bytes = b"") -> bytes:
@@ -434,21 +442,30 @@ def encode(message: Message, payload: bytes = b"") -> bytes:
 class Decoder(msgspec.Struct, frozen=True):
     """Decodes the messages one side may send."""
 
-    header: msgspec.msgpack.Decoder[Any]
+    messages: msgspec.msgpack.Decoder[Any]
 
     def decode(self, frame: bytes) -> tuple[Any, bytes]:
         """Split a frame into message and payload.
 
         Raises:
-            ProtocolError: no message of this direction; the text names what is wrong, never the content.
+            ProtocolError: no message of this direction; the text names what is wrong.
+        """
+        message, end = self.header(frame)
+        return message, frame[end:]
+
+    def header(self, frame: bytes) -> tuple[Any, int]:
+        """The message, and where its payload begins: `decode` without a copy of it.
+
+        Raises:
+            ProtocolError: as `decode`.
         """
         end = _HEADER + int.from_bytes(frame[:_HEADER], "big")
         if len(frame) < end or end == _HEADER:
             raise ProtocolError(f"a frame of {len(frame)} bytes announces a header of {end - _HEADER}")
         try:
-            return self.header.decode(memoryview(frame)[_HEADER:end]), frame[end:]
+            return self.messages.decode(memoryview(frame)[_HEADER:end]), end
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise ProtocolError(str(error)) from None
+            raise ProtocolError(str(error)[:ERROR_TEXT_MAX]) from None
 
 
 from_gateway = Decoder(msgspec.msgpack.Decoder(FromGateway))

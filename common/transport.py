@@ -16,6 +16,7 @@ until EAGAIN (or its cap, then comes back), and after sends the state is looked 
 """
 
 import asyncio
+import ipaddress
 import random
 from collections import deque
 from collections.abc import Callable
@@ -108,9 +109,8 @@ class Socket:
             self._socket.setsockopt(zmq.IPV6, "[" in address)
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            raise ProcessError(
-                f"cannot bind {address}: {error.strerror or error}. Is another process using the port?"
-            ) from None
+            hint = " Is another process using the port?" if error.errno == zmq.EADDRINUSE else ""
+            raise ProcessError(f"cannot bind {address}: {error.strerror}.{hint}") from None
         return self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
 
     def connect(self, address: str) -> None:
@@ -168,6 +168,9 @@ class Socket:
         self.broken.cancel()
 
     def _try(self, peer: bytes, frame: bytes) -> Sent:
+        # A send may take in what the descriptor would have announced, even one that fails.
+        if not self._look_scheduled:
+            self._look_later()
         try:
             if self._router:
                 self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
@@ -178,8 +181,6 @@ class Socket:
             if error.errno == zmq.EHOSTUNREACH:
                 return Sent.GONE
             raise
-        if not self._look_scheduled:
-            self._look_later()
         return Sent.OK
 
     def _turn(self) -> None:
@@ -263,4 +264,7 @@ def _context() -> "zmq.Context[Any]":
 def is_loopback(address: str) -> bool:
     """Whether only this machine can reach `tcp://host:port` or `host:port`."""
     host = address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

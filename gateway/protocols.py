@@ -32,7 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame, Opcode
@@ -413,6 +413,8 @@ class DefendedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self._in_request = False
         self._upgraded = False
+        # uvicorn's own `cycle` is the latest request, which may be waiting behind this one.
+        self._running: RequestResponseCycle | None = None
 
     # The transport's side
 
@@ -423,8 +425,12 @@ class DefendedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._request_came()
+        self.pipeline.clear()
         super().connection_lost(exc)
         self._out.unwatch()
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def eof_received(self) -> None:
         self.transport.close()
@@ -482,6 +488,10 @@ class DefendedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._in_request = False
         self._request_came()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

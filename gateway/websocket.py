@@ -3,11 +3,11 @@
 A connection has two tasks: one reads messages, the other writes what waits in the outbox. Streams put into the
 outbox from the broker's side. Bounds, and what happens at them:
 
-    messages        a token bucket; refused messages are answered RATE_LIMITED, and a bucketful of refusals closes (1008)
+    messages        a token bucket; the refused are answered RATE_LIMITED, and a bucketful of those closes (1008)
     streams         `streams_max` at once, then RATE_LIMITED
     outbox          past `outbox_bytes_max` the connection's streams pause: their events are let go and asked for again
-                    when half of it is read. What must be said all the same (errors, ends) is bounded by what a client
-                    may ask: past twice the bound the connection closes (1008)
+                    when half of it is read. What no replay brings again (errors, ends) has the same bound for itself;
+                    at it the connection closes (1008)
     time            `authenticate_s` to authenticate; `stall_s` without reading aborts it (gateway/protocols.py)
 """
 
@@ -90,6 +90,7 @@ class Connection:
         self._streams: dict[str, ClientStream] = {}
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
+        self._answer_bytes = 0
         self._outbox_filled = asyncio.Event()
         self._paused = False
         self._closing: Closed | None = None
@@ -205,19 +206,19 @@ class Connection:
         except BadMessage as error:
             ref = error.ref
         text = f"at most {self._services.settings.messages_per_s:g} messages a second"
-        self._say_error(Code.RATE_LIMITED, text, ref=ref, retry_after_ms=int(wait_s * 1000) + 1)
+        self.say_error(Code.RATE_LIMITED, text, ref=ref, retry_after_ms=int(wait_s * 1000) + 1)
 
     def _handle(self, data: bytes | str) -> None:
         settings = self._services.settings
         if len(data) > settings.frame_bytes_max:
             # It was read whole, so its id could be found; but a message this large is not worth decoding.
-            self._say_error(Code.TOO_LARGE, f"a message may have at most {settings.frame_bytes_max} bytes")
+            self.say_error(Code.TOO_LARGE, f"a message may have at most {settings.frame_bytes_max} bytes")
             return
         try:
             message = self._codec.decode(data)
         except BadMessage as error:
             code = Code.UNKNOWN_TYPE if error.unknown_type else Code.INVALID_MESSAGE
-            self._say_error(code, str(error), ref=error.ref)
+            self.say_error(code, str(error), ref=error.ref)
             return
         match message:
             case messages.Job():
@@ -225,28 +226,28 @@ class Connection:
             case messages.Stop():
                 stream = self._streams.get(message.id)
                 if stream is None:
-                    self._say_error(Code.NOT_FOUND, "no such stream on this connection", ref=message.id)
+                    self.say_error(Code.NOT_FOUND, "no such stream on this connection", ref=message.id)
                 else:
                     stream.stopped = True
                     self._services.upstream.cancel(stream.stream, "stopped by the client")
             case messages.Models():
-                self._say(messages.ModelsResult, models=self._services.upstream.fleet.models)
+                self.say(messages.ModelsResult, models=self._services.upstream.fleet.models)
             case messages.Ping():
-                self._say(messages.Pong)
+                self.say(messages.Pong)
             case messages.Resume():
-                self._say_error(Code.NOT_FOUND, "no such stream to resume; send the request again", ref=message.id)
+                self.say_error(Code.NOT_FOUND, "no such stream to resume; send the request again", ref=message.id)
             case messages.Authenticate():
-                self._say_error(Code.INVALID_MESSAGE, "already authenticated")
+                self.say_error(Code.INVALID_MESSAGE, "already authenticated")
                 raise Closed(POLICY_VIOLATION, "a second authenticate")
 
     def _submit(self, job: messages.Job) -> None:
         settings = self._services.settings
         if job.id in self._streams:
-            self._say_error(Code.DUPLICATE_ID, f"a request with the id {job.id!r} is running", ref=job.id)
+            self.say_error(Code.DUPLICATE_ID, f"a request with the id {job.id!r} is running", ref=job.id)
             return
         if len(self._streams) >= settings.streams_max:
             text = f"at most {settings.streams_max} requests at once on one connection"
-            self._say_error(Code.RATE_LIMITED, text, ref=job.id, retry_after_ms=1000)
+            self.say_error(Code.RATE_LIMITED, text, ref=job.id, retry_after_ms=1000)
             return
         stream = ClientStream(self, job)
         try:
@@ -262,7 +263,7 @@ class Connection:
                 deadline_ms=job.deadline_ms,
             )
         except FabricError as error:
-            self._say_error(error.code, error.message, ref=job.id)
+            self.say_error(error.code, error.message, ref=job.id)
             return
         self._streams[job.id] = stream
         self._services.metrics.requests += 1
@@ -279,7 +280,7 @@ class Connection:
     # Writing ----------------------------------------------------------------------------------------------------------
 
     def push(self, frame: bytes) -> None:
-        """Put an encoded message into the outbox."""
+        """Put an encoded message of a stream into the outbox."""
         self._outbox.append(frame)
         self._outbox_bytes += len(frame)
         self._outbox_filled.set()
@@ -289,8 +290,6 @@ class Connection:
             self._services.metrics.pauses += 1
             for stream in self._streams.values():
                 stream.stream.pause()
-        if self._outbox_bytes > 2 * bound:
-            self._close(POLICY_VIOLATION, "the client does not read")
 
     async def _write_outbox(self) -> None:
         while True:
@@ -302,6 +301,7 @@ class Connection:
                 await self._write(batch)
                 # Only now: what the transport holds back has not been read by anyone.
                 self._outbox_bytes = sum(map(len, self._outbox))
+                self._answer_bytes = 0
                 if self._paused and self._outbox_bytes <= self._services.settings.outbox_bytes_max // 2:
                     self._paused = False
                     for stream in list(self._streams.values()):
@@ -328,15 +328,23 @@ class Connection:
         encoded: bytes = self._codec.encode(kind(timestamp=_timestamp(), **fields))
         return encoded
 
-    def _say(self, kind: Callable[..., Any], **fields: Any) -> None:
-        self.push(self._encode(kind, **fields))
+    def say(self, kind: Callable[..., Any], **fields: Any) -> None:
+        """Say something that no replay brings again."""
+        self._answer(self._encode(kind, **fields))
+
+    def _answer(self, frame: bytes) -> None:
+        self.push(frame)
+        self._answer_bytes += len(frame)
+        if self._answer_bytes > self._services.settings.outbox_bytes_max:
+            self._close(POLICY_VIOLATION, "the client does not read")
 
     def _error(self, code: Code, text: str, *, ref: str | None = None, **more: Any) -> bytes:
         self._services.metrics.errors[code] += 1
         return self._encode(messages.ErrorMessage, id=ref, code=code.value, error=text, **more)
 
-    def _say_error(self, code: Code, text: str, *, ref: str | None = None, **more: Any) -> None:
-        self.push(self._error(code, text, ref=ref, **more))
+    def say_error(self, code: Code, text: str, *, ref: str | None = None, **more: Any) -> None:
+        """Say that a message or a request (`ref`) failed."""
+        self._answer(self._error(code, text, ref=ref, **more))
 
 
 class ClientStream:
@@ -359,10 +367,10 @@ class ClientStream:
             case Events():
                 self._on_events(output)
             case Waits():
-                connection._say(messages.Queued, id=ref, position=output.position, eta_ms=output.eta_ms)
+                connection.say(messages.Queued, id=ref, position=output.position, eta_ms=output.eta_ms)
             case Begins():
                 if not isinstance(self._job, messages.Embed):
-                    connection._say(messages.StreamStart, id=ref, model=short_name(self._job.model))
+                    connection.say(messages.StreamStart, id=ref, model=short_name(self._job.model))
             case Over():
                 connection._streams.pop(ref, None)
                 self._on_over(output)
@@ -411,11 +419,11 @@ class ClientStream:
         try:
             result = messages.decode_embeddings(document)
         except msgspec.MsgspecError as error:
-            self._connection._say_error(
+            self._connection.say_error(
                 Code.BACKEND_ERROR, f"the engine's answer is no embedding: {error}", ref=self._job.id
             )
             return
-        self._connection._say(
+        self._connection.say(
             messages.EmbedResult,
             id=self._job.id,
             model=short_name(self._job.model),
@@ -434,7 +442,7 @@ class ClientStream:
         elif terminal.code is Code.CANCELLED and self.stopped:
             self._say_end("cancelled", None)
         else:
-            connection._say_error(
+            connection.say_error(
                 terminal.code,
                 terminal.message,
                 ref=self._job.id,
@@ -445,7 +453,7 @@ class ClientStream:
     def _say_end(self, done_reason: str, end: End | None) -> None:
         stream = self.stream
         stats = end.stats if end else None
-        self._connection._say(
+        self._connection.say(
             messages.StreamEnd,
             id=self._job.id,
             total_tokens=(stats.completion_tokens if stats else 0) or self._tokens,

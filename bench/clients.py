@@ -1,0 +1,373 @@
+"""The load generators: the same stream asked for in four ways, each as cheap as its kind allows.
+
+    httpx       Ollama's API straight at the engine, as a good program would: raw chunks, split into lines
+    lean        the same over asyncio's transport and httptools, the least a client can cost
+    websocket   weftline's protocol over asyncio's transport, frames parsed here: the least a client can cost
+    weftline    `weftline_client.AsyncClient`, what a user of ours pays
+
+All decode every line or message with a typed decoder (`AsyncClient` with its own) and note when each token came.
+"""
+
+import asyncio
+import base64
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from itertools import cycle
+from time import perf_counter
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httptools
+import httpx
+import msgspec
+from websockets.frames import Frame, Opcode
+from weftline_client import AsyncClient
+from weftline_client.credentials import Signer, load_config
+
+from bench.fabric import BenchError, Fabric
+
+MODEL: Final = "simulated"
+PROMPT: Final = "Why is the sky blue?"
+CONNECT_S: Final = 10.0
+FRAME_BYTES_MAX: Final = 2**20
+CONNECTIONS_MAX: Final = 8
+
+
+@dataclass(slots=True)
+class Answer:
+    """One stream: when it was asked for, and when which token came (`perf_counter` seconds)."""
+
+    asked_s: float
+    came_s: list[float] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+
+
+Generate = Callable[[int], Coroutine[Any, Any, Answer]]
+"""`generate(count)`: ask for `count` tokens and await them all; BenchError if anything else comes."""
+
+
+class _Line(msgspec.Struct):
+    """What a client reads of a line of /api/generate."""
+
+    response: str = ""
+    done: bool = False
+
+
+_decode_line: Final = msgspec.json.Decoder(_Line).decode
+
+
+def _ollama_body(count: int) -> bytes:
+    return msgspec.json.encode({"model": MODEL, "prompt": PROMPT, "options": {"num_predict": count}})
+
+
+def _take_lines(answer: Answer, data: bytes) -> bytes:
+    """Note the tokens of all complete lines; returns the rest."""
+    now_s = perf_counter()
+    lines = data.split(b"\n")
+    for text in lines[:-1]:
+        line = _decode_line(text)
+        if not line.done:
+            answer.came_s.append(now_s)
+            answer.tokens.append(line.response)
+    return lines[-1]
+
+
+# Straight at the engine -----------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def over_httpx(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
+    """One `httpx.AsyncClient` with a kept connection per stream."""
+    limits = httpx.Limits(max_connections=streams, max_keepalive_connections=streams)
+    async with httpx.AsyncClient(base_url=fabric.engine_url, limits=limits, timeout=None, trust_env=False) as client:
+
+        async def generate(count: int) -> Answer:
+            body = _ollama_body(count)
+            answer = Answer(perf_counter())
+            async with client.stream("POST", "/api/generate", content=body) as response:
+                if response.status_code != 200:
+                    raise BenchError(f"the engine answered {response.status_code}: {await response.aread()!r}")
+                rest = b""
+                async for data in response.aiter_raw():
+                    rest = _take_lines(answer, rest + data)
+            return answer
+
+        yield generate
+
+
+class _HttpConnection(asyncio.Protocol):
+    """One kept connection, one request at a time; httptools calls `on_*`."""
+
+    def __init__(self, host: str) -> None:
+        self._head = f"POST /api/generate HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        self._transport: asyncio.Transport
+        self._parser: Any = None
+        self._answer = Answer(0.0)
+        self._rest = b""
+        self._done: asyncio.Future[None] | None = None
+
+    async def generate(self, count: int) -> Answer:
+        body = _ollama_body(count)
+        request = f"{self._head}content-length: {len(body)}\r\n\r\n".encode() + body
+        self._parser = httptools.HttpResponseParser(self)
+        self._done = asyncio.get_running_loop().create_future()
+        answer = self._answer = Answer(perf_counter())
+        self._transport.write(request)
+        await self._done
+        return answer
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self._rest = _take_lines(self._answer, self._rest + body)
+
+    def on_message_complete(self) -> None:
+        assert self._done is not None
+        status = self._parser.get_status_code()
+        if status == 200:
+            self._done.set_result(None)
+        else:
+            self._done.set_exception(BenchError(f"the engine answered {status}: {self._rest!r}"))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(BenchError("the engine closed the connection"))
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+@contextlib.asynccontextmanager
+async def over_lean_http(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
+    """A kept connection per stream."""
+    host, port = _address(fabric.engine_url)
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        idle: list[_HttpConnection] = []
+        for _ in range(streams):
+            _, connection = await loop.create_connection(lambda: _HttpConnection(f"{host}:{port}"), host, port)
+            stack.callback(connection.close)
+            idle.append(connection)
+
+        async def generate(count: int) -> Answer:
+            connection = idle.pop()
+            answer = await connection.generate(count)
+            idle.append(connection)
+            return answer
+
+        yield generate
+
+
+# Through the fabric ---------------------------------------------------------------------------------------------------
+
+
+class _Heard(msgspec.Struct):
+    """What a client reads of the gateway's messages, whatever their type."""
+
+    type: str
+    id: str = ""
+    token: str = ""
+    seq: int = -1
+    challenge: str = ""
+    success: bool = False
+    error: str = ""
+
+
+_decode_message: Final = msgspec.json.Decoder(_Heard).decode
+
+
+@dataclass(slots=True)
+class _Waiting:
+    answer: Answer
+    done: asyncio.Future[None]
+
+
+class WebSocketConnection(asyncio.Protocol):
+    """One authenticated connection to a gateway that carries many streams."""
+
+    def __init__(self, url: str, client_id: str, signer: Signer) -> None:
+        self._url = url
+        self._client_id = client_id
+        self._signer = signer
+        self._transport: asyncio.Transport
+        self._rest = b""
+        self._upgraded = False
+        self._number = 0
+        self._waiting: dict[str, _Waiting] = {}
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def generate(self, count: int) -> Answer:
+        """Ask for `count` tokens and await them; BenchError if the gateway answers an error, or closes."""
+        self._number += 1
+        ref = str(self._number)
+        frame = _frame(
+            {"type": "generate", "id": ref, "model": MODEL, "prompt": PROMPT, "options": {"num_predict": count}}
+        )
+        answer = Answer(perf_counter())
+        self._waiting[ref] = waiting = _Waiting(answer, asyncio.get_running_loop().create_future())
+        self._transport.write(frame)
+        await waiting.done
+        return answer
+
+    def close(self) -> None:
+        self._transport.write(Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True))
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        host, port = _address(self._url)
+        key = base64.b64encode(os.urandom(16)).decode()
+        transport.write(
+            f"GET / HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._fail("the gateway closed the connection")
+
+    def data_received(self, data: bytes) -> None:
+        if self._rest:
+            data = self._rest + data
+        if not self._upgraded:
+            head, found, rest = data.partition(b"\r\n\r\n")
+            if not found:
+                self._rest = data
+                return
+            if not head.startswith(b"HTTP/1.1 101"):
+                self._fail(f"the gateway refused the WebSocket: {head[:200]!r}")
+                return
+            self._upgraded, data = True, rest
+        now_s = perf_counter()
+        at, size = 0, len(data)
+        while size - at >= 2:
+            length, start = data[at + 1], at + 2
+            if length >= 126:
+                start += 2 if length == 126 else 8
+                if size < start:
+                    break
+                length = int.from_bytes(data[at + 2 : start], "big")
+                if length > FRAME_BYTES_MAX:
+                    self._fail(f"the gateway sent a frame of {length} bytes")
+                    return
+            end = start + length
+            if size < end:
+                break
+            self._on_frame(data[at], data[start:end], now_s)
+            at = end
+        self._rest = data[at:]
+
+    def _on_frame(self, head: int, payload: bytes, now_s: float) -> None:
+        if head == 0x80 | Opcode.TEXT:
+            self._on_message(_decode_message(payload), now_s)
+        elif head == 0x80 | Opcode.PING:
+            self._transport.write(Frame(Opcode.PONG, payload).serialize(mask=True))
+        elif head == 0x80 | Opcode.CLOSE:
+            self._fail(f"the gateway closed the connection: {payload[2:].decode(errors='replace')}")
+        else:
+            self._fail(f"the gateway sent a frame that it never should: {head:#x}")
+
+    def _on_message(self, message: _Heard, now_s: float) -> None:
+        match message.type:
+            case "stream_token":
+                answer = self._waiting[message.id].answer
+                if message.seq != len(answer.tokens):
+                    self._fail(f"token {message.seq} came in the place of {len(answer.tokens)}")
+                    return
+                answer.came_s.append(now_s)
+                answer.tokens.append(message.token)
+            case "stream_end":
+                self._waiting.pop(message.id).done.set_result(None)
+            case "stream_start" | "queued":
+                pass
+            case "challenge":
+                signature = self._signer.sign(message.challenge)
+                self._transport.write(
+                    _frame(
+                        {
+                            "type": "authenticate",
+                            "clientId": self._client_id,
+                            "signature": signature,
+                            "algorithm": self._signer.algorithm,
+                        }
+                    )
+                )
+            case "auth_result" if message.success:
+                self.ready.set_result(None)
+            case _:
+                self._fail(f"{message.type}: {message.error}")
+
+    def _fail(self, why: str) -> None:
+        """End everything that waits with the reason."""
+        for future in (self.ready, *(waiting.done for waiting in self._waiting.values())):
+            if not future.done():
+                future.set_exception(BenchError(why))
+                future.exception()  # seen, should nobody wait for it any more
+        self._transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def over_websocket(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
+    """The streams share `connections(streams)` connections."""
+    host, port = _address(fabric.gateway_url)
+    config = load_config(fabric.key)
+    signer = Signer(None, config["private_key_path"], config["signature_algorithm"])
+    loop = asyncio.get_running_loop()
+
+    def protocol() -> WebSocketConnection:
+        return WebSocketConnection(fabric.gateway_url, config["client_id"], signer)
+
+    with contextlib.ExitStack() as stack:
+        opened: list[WebSocketConnection] = []
+        for _ in range(connections(streams)):
+            _, connection = await loop.create_connection(protocol, host, port)
+            stack.callback(connection.close)
+            async with asyncio.timeout(CONNECT_S):
+                await connection.ready
+            opened.append(connection)
+        turns = cycle(opened)
+        yield lambda count: next(turns).generate(count)
+
+
+@contextlib.asynccontextmanager
+async def over_weftline_client(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
+    """The same with our Python client."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(AsyncClient.from_config(fabric.key, reconnect=None))
+            for _ in range(connections(streams))
+        ]
+        turns = cycle(clients)
+
+        async def generate(count: int) -> Answer:
+            answer = Answer(perf_counter())
+            options = {"num_predict": count}
+            async for token in next(turns).generate(PROMPT, MODEL, stream=True, options=options):
+                answer.came_s.append(perf_counter())
+                answer.tokens.append(token)
+            return answer
+
+        yield generate
+
+
+def connections(streams: int) -> int:
+    """How many connections `streams` share, request by request in turn: each may ask 50 times a second."""
+    return min(CONNECTIONS_MAX, streams + 1)
+
+
+def _frame(message: dict[str, Any]) -> bytes:
+    return Frame(Opcode.TEXT, msgspec.json.encode(message)).serialize(mask=True)
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return parts.hostname, parts.port

@@ -1,0 +1,252 @@
+"""What runs come to: quantiles, what the fabric adds, tokens per second, CPU per token, memory; and the report. Pure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final, NamedTuple
+
+from bench.clients import Answer
+from bench.fabric import Usage
+
+DIRECT: Final = ("httpx", "lean")
+FABRIC: Final = ("websocket", "weftline")
+CLIENTS: Final = {
+    "httpx": "direct, httpx",
+    "lean": "direct, lean HTTP",
+    "websocket": "fabric, lean WebSocket",
+    "weftline": "fabric, AsyncClient",
+}
+PROCESSES: Final = ("engine", "worker", "broker", "gateway", "client")
+
+ADDED_MS_MAX: Final = {"httpx": 1.0, "lean": 1.5}
+"""The aim for the first token at p50 with one stream, by the direct client it is measured against."""
+TOKENS_PER_S_MIN: Final = 20_000
+"""The aim at full speed over WebSocket on two cores, engine and load generator included."""
+
+
+class Quantiles(NamedTuple):
+    """Of `n` samples, milliseconds."""
+
+    p50: float
+    p99: float
+    n: int
+
+
+class Spread(NamedTuple):
+    """A figure over the rounds of a benchmark."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(slots=True, frozen=True)
+class Run:
+    """What one client saw in one window, and what it cost meanwhile."""
+
+    first_ms: list[float]
+    gaps_ms: list[float]
+    tokens: int
+    window_s: float
+    cpu_s: dict[str, float]
+    rss_bytes: dict[str, int]
+    machine_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.window_s
+
+
+@dataclass(slots=True, frozen=True)
+class Figures:
+    """One client at one load, over all rounds."""
+
+    load: str
+    streams: int
+    client: str
+    first_ms: Quantiles
+    gap_ms: Quantiles
+    tokens_per_s: Spread
+    cpu_us_per_token: dict[str, float]
+    rss_mib: dict[str, float]
+    added_first_ms: dict[str, Spread]
+    """At p50, by the direct client it is measured against; empty for a direct client."""
+
+
+def run_of(answers: Iterable[Answer], from_s: float, to_s: float, before: Usage, after: Usage) -> Run:
+    """The samples of the window: streams asked for in it, tokens that came in it with the gaps before them."""
+    first_ms: list[float] = []
+    gaps_ms: list[float] = []
+    tokens = 0
+    for answer in answers:
+        if from_s <= answer.asked_s < to_s:
+            first_ms.append((answer.came_s[0] - answer.asked_s) * 1000)
+        previous_s: float | None = None
+        for came_s in answer.came_s:
+            if from_s <= came_s < to_s:
+                tokens += 1
+                if previous_s is not None:
+                    gaps_ms.append((came_s - previous_s) * 1000)
+            previous_s = came_s
+    cpu_s = {name: after.cpu_s[name] - used for name, used in before.cpu_s.items()}
+    return Run(first_ms, gaps_ms, tokens, to_s - from_s, cpu_s, after.rss_bytes, after.machine_s - before.machine_s)
+
+
+def quantiles(samples: Iterable[float]) -> Quantiles:
+    """By nearest rank; ValueError without samples."""
+    ordered = sorted(samples)
+    if not ordered:
+        raise ValueError("no samples")
+    return Quantiles(ordered[(len(ordered) - 1) // 2], ordered[-(-99 * len(ordered) // 100) - 1], len(ordered))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Over rounds; ValueError without any."""
+    return Spread(median(values), min(values), max(values))
+
+
+def figures(load: str, streams: int, rounds: Sequence[Mapping[str, Run]]) -> list[Figures]:
+    """All clients' figures at one load. `rounds`: of each round, the run of each client.
+
+    What is added is the difference of the medians of two runs in the same round: what disturbs the machine for longer
+    than a round disturbs both.
+    """
+    return [
+        Figures(
+            load=load,
+            streams=streams,
+            client=client,
+            first_ms=quantiles(ms for runs in rounds for ms in runs[client].first_ms),
+            gap_ms=quantiles(ms for runs in rounds for ms in runs[client].gaps_ms),
+            tokens_per_s=spread([runs[client].tokens_per_s for runs in rounds]),
+            cpu_us_per_token={
+                process: 1e6
+                * sum(runs[client].cpu_s[process] for runs in rounds)
+                / sum(runs[client].tokens for runs in rounds)
+                for process in PROCESSES
+                if client in FABRIC or process in ("engine", "client")
+            },
+            rss_mib={process: max(runs[client].rss_bytes[process] for runs in rounds) / 2**20 for process in PROCESSES},
+            added_first_ms={
+                direct: spread(
+                    [quantiles(runs[client].first_ms).p50 - quantiles(runs[direct].first_ms).p50 for runs in rounds]
+                )
+                for direct in DIRECT
+                if client in FABRIC
+            },
+        )
+        for client in CLIENTS
+    ]
+
+
+@dataclass(slots=True, frozen=True)
+class Aim:
+    """What was aimed at, and what came of it."""
+
+    text: str
+    figure: Spread
+    bound: float
+    met: bool
+
+
+def aims(paced: Sequence[Figures], full: Sequence[Figures]) -> list[Aim]:
+    """How the lean WebSocket client's figures stand to the aims."""
+    alone = next(f for f in paced if f.client == "websocket" and f.streams == 1)
+    found = [
+        Aim(
+            f"ms added to the first token at p50, one stream, against {CLIENTS[direct]}: at most {bound:g}",
+            alone.added_first_ms[direct],
+            bound,
+            alone.added_first_ms[direct].median <= bound,
+        )
+        for direct, bound in ADDED_MS_MAX.items()
+    ]
+    fastest = max((f.tokens_per_s for f in full if f.client == "websocket"), key=lambda s: s.median)
+    text = f"tokens/s through one broker and one gateway: at least {TOKENS_PER_S_MIN:,}"
+    return [*found, Aim(text, fastest, TOKENS_PER_S_MIN, fastest.median >= TOKENS_PER_S_MIN)]
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def report(paced: Sequence[Figures], full: Sequence[Figures]) -> str:
+    """All tables and the aims, for people."""
+    return "\n\n".join(
+        [
+            f"First token and gap between tokens, ms; added: at p50, median (min … max) of the rounds\n{_latencies(paced)}",
+            f"Full speed, median (min … max) of the rounds\n{_speeds(full)}",
+            f"CPU, µs per token\n{_cpu([*paced, *full])}",
+            f"Resident memory, MiB, at its highest\n{_memory([*paced, *full])}",
+            f"Aims\n{_aims(aims(paced, full))}",
+        ]
+    )
+
+
+def _latencies(paced: Sequence[Figures]) -> str:
+    head = ("streams", "client", "first p50", "p99", "gap p50", "p99", "added vs httpx", "added vs lean HTTP")
+    rows = [
+        (
+            str(f.streams),
+            CLIENTS[f.client],
+            *(f"{ms:.2f}" for q in (f.first_ms, f.gap_ms) for ms in (q.p50, q.p99)),
+            *(_spread(f.added_first_ms[direct], "+.2f") if f.added_first_ms else "" for direct in DIRECT),
+        )
+        for f in paced
+    ]
+    return _table(head, rows)
+
+
+def _speeds(full: Sequence[Figures]) -> str:
+    head = ("streams", "client", "tokens/s", "of httpx", "of lean HTTP")
+    direct = {(f.streams, f.client): f.tokens_per_s.median for f in full}
+    rows = [
+        (
+            str(f.streams),
+            CLIENTS[f.client],
+            _spread(f.tokens_per_s, ",.0f"),
+            *(f"{f.tokens_per_s.median / direct[f.streams, other]:.0%}" for other in DIRECT),
+        )
+        for f in full
+    ]
+    return _table(head, rows)
+
+
+def _cpu(all_figures: Sequence[Figures]) -> str:
+    rows = [
+        (
+            f.load,
+            CLIENTS[f.client],
+            *(f"{f.cpu_us_per_token[process]:.1f}" if process in f.cpu_us_per_token else "" for process in PROCESSES),
+            f"{sum(f.cpu_us_per_token.values()):.1f}",
+        )
+        for f in all_figures
+    ]
+    return _table(("load", "client", *PROCESSES, "all"), rows)
+
+
+def _memory(all_figures: Sequence[Figures]) -> str:
+    highest = {process: max(f.rss_mib[process] for f in all_figures) for process in PROCESSES}
+    return _table(PROCESSES, [tuple(f"{mib:.0f}" for mib in highest.values())])
+
+
+def _aims(found: Sequence[Aim]) -> str:
+    return "\n".join(
+        f"  {'met   ' if aim.met else 'MISSED'}  {_spread(aim.figure, ',.0f' if aim.bound >= 100 else '.2f')}  {aim.text}"
+        for aim in found
+    )
+
+
+def _spread(values: Spread, form: str) -> str:
+    return f"{values.median:{form}} ({values.min:{form}} … {values.max:{form}})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            cell.ljust(width) if cell[:1].isalpha() else cell.rjust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in (head, *rows)
+    )

@@ -1,0 +1,199 @@
+"""`make bench`: the same streams straight at the engine and through the fabric, in one run.
+
+Clients take turns in short runs (A B C D, A B C D, …), so that what else happens on the machine hits all of them. A run
+is a warm-up, a window that counts, and the end of the streams then under way. Every token is checked against what the
+simulated engine is known to say.
+"""
+
+import asyncio
+import gc
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+
+from bench import clients, fabric
+from bench.clients import PROMPT, Answer, Generate
+from bench.fabric import BenchError, Fabric
+from bench.figures import Figures, Run, aims, figures, report, run_of
+from common import process
+from common.command import run_command
+from workers.embedded.simulated import transcript
+
+RESULTS: Final = Path(__file__).parent / "results"
+OPEN: Final[dict[str, Callable[[Fabric, int], AbstractAsyncContextManager[Generate]]]] = {
+    "httpx": clients.over_httpx,
+    "lean": clients.over_lean_http,
+    "websocket": clients.over_websocket,
+    "weftline": clients.over_weftline_client,
+}
+RUN_S_MAX: Final = 30.0
+WARM_UP_S: Final = 0.2
+TOKENS_PER_S: Final = 50.0
+"""Of one paced stream: what a reader of a fast model sees."""
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Load:
+    """So many streams at once of so many tokens each, another after `pause_s` in the place of one that ended."""
+
+    name: str
+    streams: int
+    tokens: int
+    tokens_per_s: float
+    window_s: float
+    pause_s: float = 0.0
+
+    @property
+    def answer_s(self) -> float:
+        """How long a paced stream takes at least."""
+        return self.tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+
+
+def loads(*, quick: bool) -> tuple[list[Load], list[Load]]:
+    """The paced loads, which measure latency, and those at full speed, which measure throughput."""
+    window_s = 0.5 if quick else 2.0
+    tokens = 15 if quick else 30
+    # Alone, a stream is short: many first tokens are needed. No connection asks more than 50 times a second.
+    paced = [
+        Load(
+            name=f"{streams} paced",
+            streams=streams,
+            tokens=2 if streams == 1 else tokens,
+            tokens_per_s=TOKENS_PER_S,
+            window_s=window_s,
+            pause_s=0.005,
+        )
+        for streams in (1, 16, 64)
+    ]
+    full = [Load(name="16 at full speed", streams=16, tokens=1000, tokens_per_s=0, window_s=window_s)]
+    return paced, full
+
+
+async def run(load: Load, generate: Generate, target: Fabric) -> Run:
+    """One run of one client.
+
+    Raises:
+        BenchError: a stream failed, or brought other tokens than the engine's.
+    """
+    answers: list[Answer] = []
+    running = True
+
+    async def stream(number: int) -> None:
+        # They begin one after another over the length of one, so that their tokens are spread evenly.
+        await asyncio.sleep(load.answer_s * number / load.streams)
+        while running:
+            answers.append(await generate(load.tokens))
+            await asyncio.sleep(load.pause_s)
+
+    gc.collect()
+    async with asyncio.timeout(RUN_S_MAX), asyncio.TaskGroup() as group:
+        for number in range(load.streams):
+            group.create_task(stream(number))
+        await asyncio.sleep(load.answer_s + WARM_UP_S)
+        before, from_s = target.usage(), perf_counter()
+        await asyncio.sleep(load.window_s)
+        after, to_s = target.usage(), perf_counter()
+        running = False
+    expected = transcript(PROMPT, 0, load.tokens)
+    for answer in answers:
+        if "".join(answer.tokens) != expected:
+            raise BenchError(f"a stream brought other tokens than the engine's: {''.join(answer.tokens)[:200]!r}")
+    return run_of(answers, from_s, to_s, before, after)
+
+
+async def measure(loads: Sequence[Load], rounds: int, folder: Path) -> tuple[list[Figures], float]:
+    """Run all clients at loads of one speed on one fabric: their figures, and how many cores others kept busy.
+
+    Raises:
+        BenchError: the fabric did not start, or a stream was not what it should be.
+    """
+    found: list[Figures] = []
+    runs: list[Run] = []
+    slots = max(load.streams for load in loads)
+    async with fabric.running(folder, tokens_per_s=loads[0].tokens_per_s, slots=slots) as target:
+        for load in loads:
+            results: list[dict[str, Run]] = []
+            for number in range(1, rounds + 1):
+                print(f"{load.name}, round {number} of {rounds}", file=sys.stderr, flush=True)
+                results.append({})
+                for client, opened in OPEN.items():
+                    async with opened(target, load.streams) as generate:
+                        results[-1][client] = await run(load, generate, target)
+                        runs.append(results[-1][client])
+            found += figures(load.name, load.streams, results)
+    others_s = sum(run.machine_s - sum(run.cpu_s.values()) for run in runs)
+    return found, max(0.0, others_s / sum(run.window_s for run in runs))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    return {
+        "cpus": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+async def bench(*, quick: bool) -> dict[str, Any]:
+    """Run everything; the result is what the JSON file holds. Raises BenchError."""
+    paced, full = loads(quick=quick)
+    rounds = 2 if quick else 3
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    with tempfile.TemporaryDirectory(prefix="weftline-bench-") as folder:
+        paced_figures, others = await measure(paced, rounds, Path(folder))
+        full_figures, others_full = await measure(full, rounds, Path(folder))
+    return {
+        "date": date,
+        "quick": quick,
+        "machine": machine(),
+        "others_cores": max(others, others_full),
+        "rounds": rounds,
+        "loads": [*paced, *full],
+        "paced": paced_figures,
+        "full": full_figures,
+        "aims": aims(paced_figures, full_figures),
+    }
+
+
+def streams(
+    quick: Annotated[bool, typer.Option("--quick", help="Half a minute instead of three: rougher figures.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Where the figures go. [bench/results/streams-DATE.json]", metavar="FILE")
+    ] = None,
+) -> int:
+    """Measure what the fabric adds to streams, how fast it goes and what it costs, on the simulated engine."""
+
+    async def main(stop: asyncio.Event) -> int:
+        work = asyncio.create_task(bench(quick=quick))
+        await process.until(stop, work)
+        if not work.done():
+            return 1
+        result = work.result()
+        file = json or RESULTS / f"streams-{result['date'].replace(':', '')}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        print(report(result["paced"], result["full"]))
+        print(f"\nOther processes kept {result['others_cores']:.2f} of {os.cpu_count()} cores busy meanwhile.")
+        print(f"All figures: {file}")
+        return 0
+
+    return process.run(main)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(streams, argv, name="python -m bench.streams")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""`weftline hosts` and `weftline ps`: what the broker knows, asked of it directly."""
+
+import asyncio
+import json
+import sys
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, TypeVar
+
+from cli.settings import BrokerOption, ClientSettings
+from common import process, protocol
+from common.command import ConfigOption, JsonOption
+from common.errors import Code, ProtocolError, UnreachableError
+from common.protocol import Engine, Error, Host, Job, Model, Query, Snapshot, short_name
+from common.transport import Socket
+
+ANSWER_S: Final = 2.0
+"""A broker answers in a millisecond; what takes longer is not there."""
+
+T = TypeVar("T")
+
+
+async def ask(broker: str, what: str, *, timeout_s: float = ANSWER_S) -> Snapshot:
+    """The broker's answer to one `query`; nothing is registered there.
+
+    Raises:
+        UnreachableError: no answer in time, or from something that isn't the broker's port for gateways.
+        ProcessError: the address is none.
+    """
+    answered: asyncio.Future[Snapshot | str] = asyncio.get_running_loop().create_future()
+
+    def on_frame(_: bytes, frame: bytes) -> None:
+        try:
+            message, _payload = protocol.to_gateway.decode(frame)
+        except ProtocolError:
+            message = Error(code=Code.INVALID_MESSAGE, message="it speaks another language")
+        if isinstance(message, Snapshot | Error) and not answered.done():
+            answered.set_result(message if isinstance(message, Snapshot) else message.message)
+
+    socket = Socket("dealer", on_frame)
+    try:
+        socket.connect(broker)
+        socket.send(protocol.encode(Query(id=1, what=what)))
+        async with asyncio.timeout(timeout_s):
+            answer = await answered
+    except TimeoutError:
+        raise UnreachableError(
+            f"no broker answers at {broker}. Start one with `weftline broker` (or all with `weftline up`), "
+            "or name another with --broker."
+        ) from None
+    finally:
+        socket.close()
+    if isinstance(answer, str):
+        raise UnreachableError(
+            f"{broker} is not the port where a broker of this version waits for gateways ({answer}). "
+            "That is its --gateways address, tcp://127.0.0.1:5570 unless told; name it with --broker."
+        )
+    return answer
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a short command to its end; Ctrl-C cancels it."""
+    with asyncio.Runner(loop_factory=process.loop_factory()) as runner:
+        return runner.run(coroutine)
+
+
+def hosts(
+    broker: BrokerOption = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> int:
+    """List the hosts with their engines, models and free slots.
+
+    A model is followed by its busy and all its slots; * marks those in memory.
+    """
+    settings = ClientSettings.load({"broker": broker}, config=config)
+    found = sorted(run(ask(settings.broker, "hosts")).hosts, key=lambda host: host.name)
+    if as_json:
+        print_json([_host_json(host) for host in found])
+        return 0
+    if not found:
+        print("No host is connected. On each GPU host run `weftline worker --broker ADDRESS`.", file=sys.stderr)
+        return 0
+    rows = [
+        [
+            host.name,
+            _state(host, engine),
+            age(host.beat_age_ms),
+            engine.kind,
+            engine.url,
+            str(sum(host.busy.get(engine.url, {}).values())),
+            ", ".join(_slots(host, engine, model) for model in engine.models) if engine.up else engine.error,
+        ]
+        for host in found
+        for engine in host.engines or (Engine(url="-", kind="-", up=False, error="no engine"),)
+    ]
+    print_table(["HOST", "STATE", "SEEN", "ENGINE", "AT", "BUSY", "MODELS"], rows)
+    return 0
+
+
+def ps(
+    broker: BrokerOption = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> int:
+    """List the requests that run or wait, oldest first."""
+    settings = ClientSettings.load({"broker": broker}, config=config)
+    snapshot = run(ask(settings.broker, "requests"))
+    jobs = sorted(snapshot.jobs, key=lambda job: (job.position, -job.age_ms))
+    if as_json:
+        print_json([_job_json(job) for job in jobs])
+        return 0
+    if not jobs:
+        print("No request runs or waits.", file=sys.stderr)
+        return 0
+    rows = [
+        [
+            job.rid.hex()[:12],
+            f"queued, {job.position}." if job.position else job.state,
+            age(job.age_ms),
+            job.model,
+            job.client,
+            job.worker or "-",
+            str(job.events),
+        ]
+        for job in jobs
+    ]
+    print_table(["REQUEST", "STATE", "AGE", "MODEL", "CLIENT", "HOST", "EVENTS"], rows)
+    unlisted = snapshot.queued + snapshot.running - len(jobs)
+    if unlisted > 0:
+        print(f"… and {unlisted} more.", file=sys.stderr)
+    return 0
+
+
+def _state(host: Host, engine: Engine) -> str:
+    return "down" if not engine.up else "draining" if host.draining else "up"
+
+
+def _slots(host: Host, engine: Engine, model: Model) -> str:
+    busy = host.busy.get(engine.url, {}).get(model.digest, 0)
+    return f"{short_name(model.name)}{'*' if model.resident else ''} {busy}/{model.slots}"
+
+
+def _host_json(host: Host) -> dict[str, Any]:
+    return {
+        "name": host.name,
+        "draining": host.draining,
+        "heartbeatAgeMs": host.beat_age_ms,
+        "engines": [_engine_json(engine, Counter(host.busy.get(engine.url, {}))) for engine in host.engines],
+    }
+
+
+def _engine_json(engine: Engine, busy: Counter[str]) -> dict[str, Any]:
+    return {
+        "url": engine.url,
+        "kind": engine.kind,
+        "version": engine.version,
+        "up": engine.up,
+        "error": engine.error or None,
+        "busy": busy.total(),
+        "models": [
+            {
+                "name": short_name(model.name),
+                "digest": model.digest,
+                "sizeBytes": model.size_bytes,
+                "embedding": model.embedding,
+                "resident": model.resident,
+                "slots": model.slots,
+                "busy": busy[model.digest],
+                "free": model.slots - busy[model.digest],
+            }
+            for model in engine.models
+        ],
+    }
+
+
+def _job_json(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.rid.hex(),
+        "client": job.client,
+        "ref": job.ref,
+        "model": job.model,
+        "state": job.state,
+        "position": job.position or None,
+        "ageMs": job.age_ms,
+        "host": job.worker or None,
+        "engine": job.engine or None,
+        "attempt": job.attempt,
+        "events": job.events,
+    }
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns on stdout: folded to the terminal's width on one, a line per row for anything that reads them."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for header in headers:
+            table.add_column(header, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in (headers, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def age(ms: int) -> str:
+    """A duration as people say it: 0.4 s, 12 s, 3 min, 5 h."""
+    if ms < 10_000:
+        return f"{ms / 1000:.1f} s"
+    s = ms // 1000
+    return f"{s} s" if s < 120 else f"{s // 60} min" if s < 7200 else f"{s // 3600} h"

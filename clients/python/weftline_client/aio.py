@@ -1,0 +1,922 @@
+"""The asyncio client: many concurrent requests over one WebSocket.
+
+Theory of operation. `connect()` starts one task, which owns the socket until `close()`: it opens the line, signs the
+challenge, reads every frame, and reconnects with full jitter when the line drops. Requests live in one table; whatever
+arrives is put into the record of its request, and whoever awaits that request is woken. A request leaves the table at
+its terminal message, or when the one who awaits it leaves first, and then the server is told to `stop`.
+
+Bounds. A stream buffers `stream_buffer` tokens. When it is full the reader stops reading, so TCP slows the server; all
+streams of the connection wait meanwhile. A stream that makes no room for `stall_timeout_s` is stopped and ends with
+SlowConsumerError after its buffered tokens. At most `CALLBACKS_MAX` asynchronous event callbacks run at once; at the
+bound the reader waits likewise, then cancels them. Nothing is ever dropped without an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from errno import ECONNREFUSED
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.frames import CloseCode
+from websockets.typing import Subprotocol
+
+from weftline_client.credentials import Signer, load_config
+from weftline_client.errors import (
+    AuthenticationError,
+    ConnectionLostError,
+    InvalidRequestError,
+    NotConnectedError,
+    ProtocolError,
+    RequestCancelledError,
+    SlowConsumerError,
+    WeftlineError,
+    error_from_message,
+)
+from weftline_client.protocol import (
+    MSGPACK_SUBPROTOCOL,
+    ChatParams,
+    EmbedParams,
+    EmbedResult,
+    GenerateParams,
+    Message,
+    Queued,
+    Result,
+    Token,
+    authenticate_message,
+    decode,
+    encode,
+    request_message,
+    stop_message,
+)
+
+if TYPE_CHECKING:
+    import ssl
+    from pathlib import Path
+    from types import TracebackType
+
+Callback = Callable[[Message], object]
+
+CALLBACKS_MAX = 10_000
+CLOSE_TIMEOUT_S = 2.0
+NEVER_CONNECTED = "not connected: call connect() first, or use a `with` block"
+
+logger = logging.getLogger("weftline_client")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconnect:
+    """How a lost line is opened again: at most `tries_max` tries within `time_max_s`."""
+
+    tries_max: int = 10
+    time_max_s: float = 120.0
+    delay_first_s: float = 0.25
+    delay_max_s: float = 15.0
+
+    def delay_s(self, attempt: int, rng: random.Random) -> float:
+        """The wait before the try numbered `attempt` from 0.
+
+        Exponential with full jitter, which spreads a crowd of clients best (M. Brooker, "Exponential Backoff And
+        Jitter", AWS Architecture Blog, 2015).
+        """
+        return rng.uniform(0, min(self.delay_max_s, self.delay_first_s * 2 ** min(attempt, 32)))
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of `AsyncClient`, for those that pass them on."""
+
+    client_id: str
+    private_key_path: str | Path | None
+    private_key: str | bytes | None
+    signature_algorithm: str
+    encoding: Literal["json", "msgpack"]
+    reconnect: Reconnect | None
+    connect_timeout_s: float
+    stream_buffer: int
+    stall_timeout_s: float
+    message_bytes_max: int
+    ssl: ssl.SSLContext | None
+
+
+class _Request:
+    """One request under way: what was asked, what has come, and how it ended.
+
+    Message and `last_seq` are all that resuming it on a new line would need.
+    """
+
+    __slots__ = (
+        "buffer", "id", "last_seq", "message", "model", "news", "outcome", "parts",
+        "queued", "room", "sent", "streamed", "thinking", "tool_calls",
+    )  # fmt: skip
+
+    def __init__(self, message: Message, *, streamed: bool) -> None:
+        self.id: str = message["id"]
+        self.model: str = message["model"]
+        self.message = message
+        self.streamed = streamed
+        self.sent = False
+        self.last_seq = -1
+        self.queued: Queued | None = None
+        self.parts: list[str] = []
+        self.thinking: list[str] = []
+        self.tool_calls: list[Message] = []
+        self.buffer: list[Token] = []  # tokens not taken yet, if streamed
+        self.outcome: Result | EmbedResult | WeftlineError | None = None
+        self.news = asyncio.Event()  # set when there is something to take: a token, or the outcome
+        self.room = asyncio.Event()  # set when the buffer has been taken, or will not be needed
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.parts)
+
+    def push(self, message: Message) -> None:
+        """Take in a `stream_token`; one whose seq was seen already is a repeat and changes nothing."""
+        seq = message.get("seq", self.last_seq + 1)
+        if seq <= self.last_seq:
+            return
+        self.last_seq = seq
+        if self.streamed:
+            token = Token.from_message(message, seq)
+            self.parts.append(token)
+            self.buffer.append(token)
+            self.news.set()
+        else:
+            self.parts.append(message.get("token") or "")
+        if thinking := message.get("thinking"):
+            self.thinking.append(thinking)
+        if tool_calls := message.get("toolCalls"):
+            self.tool_calls += tool_calls
+
+    def take(self) -> list[Token]:
+        """The buffered tokens, which leave the buffer."""
+        tokens, self.buffer = self.buffer, []
+        self.room.set()
+        if self.outcome is None:
+            self.news.clear()
+        return tokens
+
+    def finish(self, outcome: Result | EmbedResult | WeftlineError) -> None:
+        """End it; the first outcome holds."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self.news.set()
+            self.room.set()
+
+    def result(self) -> Result | EmbedResult:
+        """What it ended with. Raises the error it ended with, or RuntimeError if it has not ended."""
+        if self.outcome is None:
+            raise RuntimeError(f"request {self.id} has not ended")
+        if isinstance(self.outcome, WeftlineError):
+            raise self.outcome
+        return self.outcome
+
+
+class StreamState:
+    """What is known of a stream at any moment."""
+
+    def __init__(self, request: _Request) -> None:
+        self._request = request
+        self._iterated = False
+
+    @property
+    def id(self) -> str:
+        """The request's id, as `stop()` takes it and event messages carry it."""
+        return self._request.id
+
+    @property
+    def model(self) -> str:
+        """The model, by the server's name for it once the stream has started."""
+        return self._request.model
+
+    @property
+    def queued(self) -> Queued | None:
+        """The last place in the queue that the server told, None if it told none."""
+        return self._request.queued
+
+    @property
+    def text(self) -> str:
+        """The text that has arrived so far, read or not."""
+        return self._request.text
+
+    @property
+    def result(self) -> Result:
+        """The result, once the stream has been read to its end.
+
+        Raises the error the stream ended with, or RuntimeError if it has not ended.
+        """
+        result = self._request.result()
+        assert isinstance(result, Result)
+        return result
+
+    def _iterate_once(self) -> None:
+        if self._iterated:
+            raise RuntimeError("a stream can be read only once")
+        self._iterated = True
+
+
+class Stream(StreamState):
+    """A generation whose tokens are read as they come: `async for token in stream`, once.
+
+    It is sent when it is first read (or entered with `async with`). Leaving it early, by `break`, an exception,
+    cancellation or `aclose()`, stops the generation. Errors are raised after the tokens that came before them.
+    """
+
+    def __init__(self, pick: Callable[[], AsyncClient], request: _Request) -> None:
+        super().__init__(request)
+        self._pick = pick
+        self._client: AsyncClient | None = None
+
+    async def start(self) -> None:
+        """Send the request, if that has not been done. Raises NotConnectedError if there is no line to send it on."""
+        if self._client is None:
+            self._client = self._pick()
+            await self._client._submit(self._request)
+
+    async def stop(self) -> None:
+        """Ask the server to end the generation; the stream then ends with done_reason "cancelled"."""
+        if self._client is not None:
+            await self._client.stop(self.id)
+
+    async def aclose(self) -> None:
+        """Leave the stream: the generation is stopped and nothing more arrives."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._client is not None:
+            self._client._leave(self._request)
+
+    async def _batch(self) -> list[Token]:
+        """All tokens that have come and not been taken; waits for at least one. Empty at the stream's end."""
+        request = self._request
+        await self.start()
+        await request.news.wait()
+        if tokens := request.take():
+            return tokens
+        request.result()
+        return tokens
+
+    async def _tokens(self) -> AsyncIterator[Token]:
+        try:
+            while batch := await self._batch():
+                for token in batch:
+                    yield token
+        finally:
+            self._leave()
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        # A generator of its own, so that Python tells us when the loop that reads it is left early.
+        self._iterate_once()
+        return self._tokens()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave()
+
+
+class _Requests(ABC):
+    """The requests one can make, of one client or of a pool of them."""
+
+    @abstractmethod
+    def _pick(self) -> AsyncClient:
+        """The client that is to carry the next request."""
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        model: str = ...,
+        *,
+        stream: Literal[False] = ...,
+        **params: Unpack[GenerateParams],
+    ) -> Coroutine[Any, Any, Result]: ...
+    @overload
+    def generate(
+        self, prompt: str, model: str = ..., *, stream: Literal[True], **params: Unpack[GenerateParams]
+    ) -> Stream: ...
+    @overload
+    def generate(
+        self, prompt: str, model: str = ..., *, stream: bool, **params: Unpack[GenerateParams]
+    ) -> Coroutine[Any, Any, Result] | Stream: ...
+    def generate(
+        self, prompt: str, model: str = "llama2", *, stream: bool = False, **params: Unpack[GenerateParams]
+    ) -> Coroutine[Any, Any, Result] | Stream:
+        """Complete a prompt: await it for the Result, or with `stream=True` iterate over its tokens.
+
+        `params` are those of `GenerateParams`. Raises a WeftlineError by the server's code, ConnectionLostError if
+        the line drops meanwhile, NotConnectedError if there is none. Cancelling it stops the generation.
+        """
+        return self._start("generate", {"model": model, "prompt": prompt}, params, stream=stream)
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        model: str = ...,
+        *,
+        stream: Literal[False] = ...,
+        **params: Unpack[ChatParams],
+    ) -> Coroutine[Any, Any, Result]: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        model: str = ...,
+        *,
+        stream: Literal[True],
+        **params: Unpack[ChatParams],
+    ) -> Stream: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        model: str = ...,
+        *,
+        stream: bool,
+        **params: Unpack[ChatParams],
+    ) -> Coroutine[Any, Any, Result] | Stream: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        model: str = "llama2",
+        *,
+        stream: bool = False,
+        **params: Unpack[ChatParams],
+    ) -> Coroutine[Any, Any, Result] | Stream:
+        """Continue a conversation of {"role": …, "content": …} messages; otherwise as `generate`."""
+        fields = {"model": model, "messages": list(messages)}
+        return self._start("chat", fields, params, stream=stream)
+
+    async def embed(
+        self, input: str | Sequence[str], model: str = "llama2", **params: Unpack[EmbedParams]
+    ) -> EmbedResult:
+        """The embeddings of one or several texts. Raises as `generate` does."""
+        texts = input if isinstance(input, str) else list(input)
+        request = self._request("embed", {"model": model, "input": texts}, params, streamed=False)
+        result = await self._complete(request)
+        assert isinstance(result, EmbedResult)
+        return result
+
+    def _request(self, kind: str, fields: Message, params: Mapping[str, Any], *, streamed: bool) -> _Request:
+        request_id = params.get("request_id") or str(uuid.uuid4())
+        return _Request(request_message(kind, request_id, fields, params), streamed=streamed)
+
+    def _start(
+        self, kind: str, fields: Message, params: Mapping[str, Any], *, stream: bool
+    ) -> Coroutine[Any, Any, Result] | Stream:
+        request = self._request(kind, fields, params, streamed=stream)
+        return Stream(self._pick, request) if stream else self._generated(request)
+
+    async def _generated(self, request: _Request) -> Result:
+        result = await self._complete(request)
+        assert isinstance(result, Result)
+        return result
+
+    async def _complete(self, request: _Request) -> Result | EmbedResult:
+        client = self._pick()
+        try:
+            await client._submit(request)
+            await request.news.wait()
+            return request.result()
+        finally:
+            client._leave(request)
+
+
+class AsyncClient(_Requests):
+    """A connection to weftline that any number of tasks may share.
+
+    `server_url` is ws:// or wss:// (http and https mean the same). The key is PEM, RSA or Ed25519, without password.
+    `encoding="msgpack"` asks for binary frames and falls back to JSON. `reconnect=None` leaves a lost line lost.
+    `ssl` is for servers whose certificate the system does not know.
+
+    Raises ValueError for a missing or bad setting, OSError for a key file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        server_url: str = "ws://localhost:3000",
+        *,
+        client_id: str,
+        private_key_path: str | Path | None = None,
+        private_key: str | bytes | None = None,
+        signature_algorithm: str = "SHA256",
+        encoding: Literal["json", "msgpack"] = "json",
+        reconnect: Reconnect | None = Reconnect(),
+        connect_timeout_s: float = 10.0,
+        stream_buffer: int = 8192,
+        stall_timeout_s: float = 5.0,
+        message_bytes_max: int = 64 << 20,
+        ssl: ssl.SSLContext | None = None,
+    ) -> None:
+        if not client_id:
+            raise ValueError("Client ID is required")
+        if encoding not in ("json", "msgpack"):
+            raise ValueError(f'encoding must be "json" or "msgpack", not {encoding!r}')
+        if server_url.startswith("http"):
+            server_url = "ws" + server_url.removeprefix("http")
+        self.server_url = server_url
+        self.client_id = client_id
+        self._signer = Signer(private_key, private_key_path, signature_algorithm)
+        self._reconnect = reconnect
+        self._rng = random.Random()
+        self._connect_timeout_s = connect_timeout_s
+        self._stream_buffer = stream_buffer
+        self._stall_timeout_s = stall_timeout_s
+        self._dial: dict[str, Any] = {
+            "subprotocols": [Subprotocol(MSGPACK_SUBPROTOCOL)] if encoding == "msgpack" else None,
+            "compression": None,  # tokens are small and latency is what counts
+            "max_size": message_bytes_max,
+            "open_timeout": None,  # connect_timeout_s bounds the whole, authentication included
+            "close_timeout": CLOSE_TIMEOUT_S,
+        }
+        if ssl is not None:
+            self._dial["ssl"] = ssl
+
+        self._task: asyncio.Task[None] | None = None  # owns the line, from connect() to close()
+        self._line: asyncio.Future[ClientConnection] | None = None  # pending while a line is being opened
+        self._group: asyncio.TaskGroup | None = None  # stops and callbacks; lives inside _task
+        self._requests: dict[str, _Request] = {}
+        self._calls: deque[tuple[str, asyncio.Future[Message]]] = deque()  # models and pings under way, oldest first
+        self._callbacks: dict[str, list[Callback]] = {}
+        self._callbacks_running: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def from_config(cls, path: str | Path, **settings: Any) -> Self:
+        """A client as a NAME_config.json describes it, with `settings` on top.
+
+        Raises OSError if it or the key cannot be read, ValueError if either is not what it should be.
+        """
+        return cls(**{**load_config(path), **settings})
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is an authenticated line at the moment."""
+        line = self._line
+        return line is not None and line.done() and not line.cancelled() and line.exception() is None
+
+    @property
+    def active(self) -> int:
+        """How many requests are under way."""
+        return len(self._requests)
+
+    async def connect(self) -> None:
+        """Open the line and authenticate: one try, at most `connect_timeout_s`. Does nothing when connected.
+
+        Raises AuthenticationError if the server refuses the identity, NotConnectedError if it cannot be reached.
+        """
+        if self._task is not None and not self._task.done():
+            await self._ready()
+            return
+        self._line = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run(), name="weftline-client")
+        try:
+            await self._ready()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the line. Requests under way end with ConnectionLostError, and running callbacks are cancelled."""
+        task = self._task
+        if task is None:
+            return
+        if not task.cancelling():
+            task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()):
+            raise error
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def models(self) -> list[str]:
+        """The names of the models that can be asked for."""
+        models: list[str] = (await self._call("models"))["models"]
+        return models
+
+    async def ping(self) -> float:
+        """Wait for the server's pong; the round trip in ms."""
+        start = time.perf_counter()
+        await self._call("ping")
+        return (time.perf_counter() - start) * 1000
+
+    async def stop(self, request_id: str) -> None:
+        """Ask the server to end a request; it ends with done_reason "cancelled". Nothing if it is not under way."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if request.sent:
+            await self._send(await self._ready(), stop_message(request_id))
+        else:
+            self._end(request, RequestCancelledError("stopped before it was sent", request_id=request_id))
+
+    def on(self, message_type: str, callback: Callback) -> None:
+        """Call `callback(message)` for every message of that type that arrives after authentication.
+
+        An asynchronous callback runs as a task. An exception in a callback is logged and ends nothing else.
+        """
+        self._callbacks.setdefault(message_type, []).append(callback)
+
+    def off(self, message_type: str, callback: Callback | None = None) -> None:
+        """Remove one callback of a message type, or all of them."""
+        registered = self._callbacks.get(message_type, [])
+        registered[:] = [other for other in registered if callback is not None and other != callback]
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _pick(self) -> AsyncClient:
+        return self
+
+    async def _submit(self, request: _Request) -> None:
+        """Enter a request into the table and send it; while a line is being opened, `_serve` will send it."""
+        if self._line is None:
+            raise NotConnectedError(NEVER_CONNECTED)
+        if request.id in self._requests:
+            raise InvalidRequestError("the id is in use", code="DUPLICATE_ID", request_id=request.id)
+        self._requests[request.id] = request
+        try:
+            if self._line.done():
+                connection = self._line.result()
+                request.sent = True
+                await self._send(connection, request.message)
+        except BaseException:
+            self._leave(request)
+            raise
+
+    def _leave(self, request: _Request) -> None:
+        """Forget a request that nobody awaits any more, and stop it if it has not ended."""
+        if self._requests.get(request.id) is not request:
+            return
+        self._end(request, RequestCancelledError("left before its end", request_id=request.id))
+        if request.sent:
+            self._send_soon(request, stop_message(request.id))
+
+    def _end(self, request: _Request, outcome: Result | EmbedResult | WeftlineError) -> None:
+        self._requests.pop(request.id, None)
+        request.finish(outcome)
+
+    async def _call(self, kind: str) -> Message:
+        """Send a message that has no id and wait for its reply."""
+        line = await self._ready()
+        reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._calls.append((kind, reply))
+        await self._send(line, {"type": kind})
+        return await reply
+
+    async def _ready(self) -> ClientConnection:
+        """The line, as soon as there is one. Raises why there will be none."""
+        if self._line is None:
+            raise NotConnectedError(NEVER_CONNECTED)
+        while True:
+            line = self._line
+            connection = await asyncio.shield(line)
+            if line is self._line:  # else it dropped before this task ran again
+                return connection
+
+    async def _send(self, connection: ClientConnection, message: Message) -> None:
+        try:
+            await connection.send(encode(message, binary=connection.subprotocol is not None))
+        except ConnectionClosed as error:
+            raise ConnectionLostError(f"connection lost: {error}", request_id=message.get("id")) from error
+
+    def _send_soon(self, request: _Request, message: Message) -> None:
+        """Send a message of that request on the line there is, if there is one, without waiting."""
+        if self.connected and self._group is not None:
+            assert self._line is not None
+            self._group.create_task(self._send_or_end(self._line.result(), request, message))
+
+    async def _send_or_end(self, connection: ClientConnection, request: _Request, message: Message) -> None:
+        try:
+            await self._send(connection, message)
+        except ConnectionLostError:
+            logger.debug("the line dropped before this was sent: %s", message)
+        except (TypeError, ValueError, OverflowError) as error:
+            self._end(request, InvalidRequestError(f"cannot be encoded: {error}", request_id=request.id))
+
+    # --- the line -----------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        """Keep a line open until cancelled, or until none can be had."""
+        failure: WeftlineError = NotConnectedError("the client was closed")
+        async with asyncio.TaskGroup() as self._group:
+            try:
+                connection = await self._open()
+                while True:
+                    lost = await self._serve(connection)
+                    connection = await self._reopen(lost)
+            except WeftlineError as error:
+                failure = error
+            finally:
+                assert self._line is not None
+                self._line.set_exception(failure)
+                self._line.exception()  # seen: that nobody waits for a line is no news
+                self._fail(list(self._requests.values()), failure)
+                for task in self._callbacks_running:
+                    task.cancel()
+
+    async def _open(self) -> ClientConnection:
+        """One try at an authenticated line. Raises AuthenticationError or NotConnectedError."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                connection = await connect(self.server_url, **self._dial)
+                try:
+                    await self._authenticate(connection)
+                except BaseException:
+                    await _hang_up(connection)
+                    raise
+                return connection
+        except WeftlineError:
+            raise
+        except TimeoutError as error:
+            raise NotConnectedError(f"{self.server_url}: no answer in {self._connect_timeout_s} s") from error
+        except (OSError, WebSocketException) as error:
+            # asyncio's text names the number only, and gathers those of several addresses in one OSError without it.
+            refused = "connection refused: " if f"[Errno {ECONNREFUSED}]" in str(error) else ""
+            raise NotConnectedError(f"{self.server_url}: {refused}{error}") from error
+
+    async def _authenticate(self, connection: ClientConnection) -> None:
+        challenge = await _expect(connection, "challenge")
+        signature = self._signer.sign(str(challenge.get("challenge")))
+        answer = authenticate_message(self.client_id, signature, self._signer.algorithm)
+        await self._send(connection, answer)
+        result = await _expect(connection, "auth_result")
+        if not result.get("success"):
+            raise AuthenticationError(str(result.get("error") or "Unknown error"))
+
+    async def _reopen(self, lost: WeftlineError) -> ClientConnection:
+        """A new line in place of the lost one, by the policy. Raises ConnectionLostError or AuthenticationError."""
+        policy = self._reconnect
+        if policy is None:
+            raise lost
+        cause: WeftlineError = lost
+        try:
+            async with asyncio.timeout(policy.time_max_s):
+                for attempt in range(policy.tries_max):
+                    delay_s = policy.delay_s(attempt, self._rng)
+                    logger.info("reconnecting in %.2f s, try %d: %s", delay_s, attempt + 1, cause)
+                    await asyncio.sleep(delay_s)
+                    try:
+                        return await self._open()
+                    except NotConnectedError as error:
+                        cause = error
+        except TimeoutError:
+            logger.info("no new line in %s s", policy.time_max_s)
+        raise ConnectionLostError(f"{lost.message}; reconnecting failed: {cause.message}") from cause
+
+    async def _serve(self, connection: ClientConnection) -> WeftlineError:
+        """Read the line until it drops, and end what ran on it. Returns why it dropped."""
+        assert self._line is not None
+        self._line.set_result(connection)
+        for request in self._requests.values():
+            request.sent = True
+            self._send_soon(request, request.message)
+        lost: WeftlineError = ConnectionLostError("the client was closed")
+        try:
+            while True:
+                full = self._dispatch(decode(await connection.recv()))
+                if full is not None:
+                    await self._await_room(full)
+                if len(self._callbacks_running) >= CALLBACKS_MAX:
+                    await self._await_callbacks()
+        except ConnectionClosed as error:
+            lost = ConnectionLostError(f"connection lost: {error}")
+        except (ValueError, KeyError, TypeError) as error:
+            logger.exception("the server sent a message that cannot be read")
+            lost = ProtocolError(f"unreadable message: {error!r}")
+        finally:
+            self._line = asyncio.get_running_loop().create_future()
+            # Resuming would keep these, and `_serve` would send `resume` with their `last_seq` on the next line.
+            self._fail([request for request in self._requests.values() if request.sent], lost)
+            await _hang_up(
+                connection, CloseCode.PROTOCOL_ERROR if isinstance(lost, ProtocolError) else CloseCode.NORMAL_CLOSURE
+            )
+        return lost
+
+    def _fail(self, requests: list[_Request], lost: WeftlineError) -> None:
+        """End requests, and the calls under way, with an error of their own."""
+        for request in requests:
+            error = type(lost)(lost.message, request_id=request.id, partial=request.text)
+            self._end(request, error)
+        while self._calls:
+            _, reply = self._calls.popleft()
+            if not reply.done():
+                reply.set_exception(type(lost)(lost.message))
+
+    # --- what arrives -------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, message: Message) -> _Request | None:
+        """Give a message to its request; returns that request if its buffer is now full.
+
+        Raises KeyError, TypeError or ValueError if the message is not as the protocol has it.
+        """
+        kind = message["type"]
+        if callbacks := self._callbacks.get(kind):
+            self._emit(callbacks, message)
+        if kind == "models_result":
+            self._reply("models", message)
+            return None
+        if kind == "pong":
+            self._reply("ping", message)
+            return None
+        # A request we have left may still be spoken of until the server has seen our stop.
+        request = self._requests.get(message.get("id", ""))
+        if request is None:
+            if kind == "error" and message.get("id") is None:
+                self._reply(None, error_from_message(message))
+            return None
+        match kind:
+            case "stream_token":
+                request.push(message)
+                if len(request.buffer) >= self._stream_buffer:
+                    return request
+            case "queued":
+                request.queued = Queued.from_message(message)
+            case "stream_start":
+                request.model = message["model"]
+            case "stream_end":
+                result = Result.from_message(
+                    message,
+                    model=request.model,
+                    text=request.text,
+                    thinking="".join(request.thinking),
+                    tool_calls=request.tool_calls,
+                )
+                self._end(request, result)
+            case "embed_result":
+                self._end(request, EmbedResult.from_message(message))
+            case "error":
+                self._end(request, error_from_message(message, request.text))
+        return None
+
+    def _reply(self, kind: str | None, outcome: Message | WeftlineError) -> None:
+        """Answer the oldest call of that kind, or of any; an error that answers none is logged."""
+        for index, (waiting, reply) in enumerate(self._calls):
+            if kind is None or waiting == kind:
+                del self._calls[index]
+                if reply.done():
+                    return
+                if isinstance(outcome, WeftlineError):
+                    reply.set_exception(outcome)
+                else:
+                    reply.set_result(outcome)
+                return
+        if isinstance(outcome, WeftlineError):
+            logger.warning("the server reports: %s", outcome)
+
+    async def _await_room(self, request: _Request) -> None:
+        """Read nothing more until a full stream has been read, or has had its time."""
+        request.room.clear()
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await request.room.wait()
+        except TimeoutError:
+            error = SlowConsumerError(
+                f"{len(request.buffer)} tokens were not read in {self._stall_timeout_s} s",
+                request_id=request.id,
+                partial=request.text,
+            )
+            self._end(request, error)
+            self._send_soon(request, stop_message(request.id))
+
+    # --- callbacks ----------------------------------------------------------------------------------------------------
+
+    def _emit(self, callbacks: list[Callback], message: Message) -> None:
+        assert self._group is not None
+        for callback in tuple(callbacks):
+            try:
+                pending = callback(message)
+            except Exception:
+                logger.exception("callback for %r failed", message["type"])
+                continue
+            if isawaitable(pending):
+                task = self._group.create_task(_finish_callback(pending, message["type"]))
+                self._callbacks_running.add(task)
+                task.add_done_callback(self._callbacks_running.discard)
+
+    async def _await_callbacks(self) -> None:
+        """Read nothing more until a callback has finished; when none does, cancel them all."""
+        done, running = await asyncio.wait(
+            self._callbacks_running, timeout=self._stall_timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
+            logger.error("cancelled %d callbacks that did not finish", len(running))
+            for task in running:
+                task.cancel()
+
+
+async def _finish_callback(pending: Awaitable[object], message_type: str) -> None:
+    try:
+        await pending
+    except Exception:
+        logger.exception("callback for %r failed", message_type)
+
+
+async def _expect(connection: ClientConnection, kind: str) -> Message:
+    """The next message of the opening, which must be of that kind."""
+    try:
+        message = decode(await connection.recv())
+    except ValueError as error:
+        raise NotConnectedError(f"expected {kind}: {error}") from error
+    if message.get("type") == "error":
+        refusal = error_from_message(message)
+        raise refusal if isinstance(refusal, AuthenticationError) else NotConnectedError(str(refusal))
+    if message.get("type") != kind:
+        raise NotConnectedError(f"expected {kind} message, got {message.get('type')}")
+    return message
+
+
+async def _hang_up(connection: ClientConnection, code: CloseCode = CloseCode.NORMAL_CLOSURE) -> None:
+    """Close politely, within CLOSE_TIMEOUT_S, and in any case."""
+    try:
+        await asyncio.gather(connection.close(code), _read_away(connection))
+    finally:
+        connection.transport.abort()
+
+
+async def _read_away(connection: ClientConnection) -> None:
+    """Drop what still arrives: the peer's answer to our close stands behind it."""
+    with suppress(ConnectionClosed):
+        while True:
+            await connection.recv()
+
+
+class ConnectionPool(_Requests):
+    """Several clients of one identity; each request goes to the one with the fewest under way.
+
+    One connection carries many streams, so a pool pays only where a single line's reader or the per-connection limits
+    of a server are what is short. Arguments are those of `AsyncClient`.
+    """
+
+    def __init__(self, server_url: str = "ws://localhost:3000", *, size: int = 4, **settings: Unpack[Settings]) -> None:
+        if size < 1:
+            raise ValueError("a pool needs at least one client")
+        self.clients = [AsyncClient(server_url, **settings) for _ in range(size)]
+
+    @classmethod
+    def from_config(cls, path: str | Path, *, size: int = 4, **settings: Any) -> Self:
+        """A pool as a NAME_config.json describes its clients; see `AsyncClient.from_config`."""
+        return cls(size=size, **{**load_config(path), **settings})
+
+    async def connect(self) -> None:
+        """Open all lines at once. If one fails all are closed, and its error is raised."""
+        results = await asyncio.gather(*(client.connect() for client in self.clients), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+
+    async def close(self) -> None:
+        """Close all lines."""
+        await asyncio.gather(*(client.close() for client in self.clients))
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def models(self) -> list[str]:
+        """The names of the models that can be asked for."""
+        return await self._pick().models()
+
+    async def stop(self, request_id: str) -> None:
+        """Ask the server to end a request, whichever client carries it."""
+        await asyncio.gather(*(client.stop(request_id) for client in self.clients))
+
+    def on(self, message_type: str, callback: Callback) -> None:
+        """Register a callback with every client."""
+        for client in self.clients:
+            client.on(message_type, callback)
+
+    def off(self, message_type: str, callback: Callback | None = None) -> None:
+        """Remove one callback of a message type, or all of them, from every client."""
+        for client in self.clients:
+            client.off(message_type, callback)
+
+    def _pick(self) -> AsyncClient:
+        return min(self.clients, key=lambda client: (not client.connected, client.active))

@@ -1,0 +1,126 @@
+"""Where requests go, and in which order."""
+
+from broker.scheduler import WarmFirst
+from common.protocol import Assign, Engine, Model
+from tests.unit.broker.harness import Harness, engine, rid_of
+
+
+def fleet(*workers: str, slots: int = 1) -> Harness:
+    h = Harness()
+    h.gateway("g1")
+    for worker in workers:
+        h.worker(worker, engine("m:latest", "n:latest", slots=slots))
+    return h
+
+
+def where(h: Harness, name: str) -> str:
+    worker = h.request(rid_of(name)).worker
+    return worker.name if worker else "queue"
+
+
+def test_first_come_first_served_per_model() -> None:
+    h = fleet("w1")
+    for name in ("r1", "r2", "r3"):
+        h.submit(name)
+    for name in ("r1", "r2", "r3"):
+        assign = h.assigned()
+        assert assign.rid == rid_of(name)
+        h.end(assign.rid, assign.attempt, 0)
+
+
+def test_a_full_model_does_not_hold_up_another() -> None:
+    h = fleet("w1")
+    h.submit("r1", model="m:latest")
+    h.submit("r2", model="m:latest")
+    h.submit("r3", model="n:latest")
+    assert [where(h, name) for name in ("r1", "r2", "r3")] == ["w1", "queue", "w1"]
+
+
+def test_the_older_request_goes_first_across_models() -> None:
+    h = fleet("w1", slots=3)
+    h.bye(b"w1")
+    h.sent(b"w1")
+    for name, model in (("r1", "n:latest"), ("r2", "m:latest"), ("r3", "n:latest")):
+        h.submit(name, model=model)
+    h.worker("w1", engine("m:latest", "n:latest", slots=3))
+    assert [assign.rid for assign in h.told(Assign, b"w1")] == [rid_of(name) for name in ("r1", "r2", "r3")]
+
+
+def test_what_comes_back_gets_its_old_place() -> None:
+    h = fleet("w1", slots=2)
+    for name in ("r1", "r2", "r3", "r4"):
+        h.submit(name)
+    first, second = h.told(Assign, b"w1")
+    h.refused(second.rid, second.attempt)
+    h.refused(first.rid, first.attempt)
+    assert [(position, request.rid[:2]) for position, request in h.core.scheduler.waiting()] == [
+        (1, b"r1"),
+        (2, b"r2"),
+        (3, b"r3"),
+        (4, b"r4"),
+    ]
+
+
+def test_add_tells_the_position() -> None:
+    h = fleet("w1")
+    requests = []
+    for name in ("blocks", "r1", "r2", "r3"):
+        h.submit(name)
+        requests.append(h.request(rid_of(name)))
+    queue = WarmFirst()
+    _, one, two, three = requests
+    assert [queue.add(two), queue.add(three), queue.add(one), len(queue)] == [1, 2, 1, 3]
+    queue.discard(two)
+    assert [request for _, request in queue.waiting()] == [one, three]
+
+
+def test_a_warm_host_comes_before_a_cold_one() -> None:
+    h = fleet()
+    h.worker("w1", engine("m:latest"))
+    h.worker("w2", engine("m:latest", resident=["m:latest"]))
+    h.submit("r1")
+    assert where(h, "r1") == "w2"
+
+
+def test_a_host_that_loads_the_model_already_counts_as_warm() -> None:
+    h = fleet()
+    h.worker("w1", engine("m:latest", slots=2))
+    h.worker("w2", engine("m:latest", slots=2))
+    h.submit("r1")
+    h.submit("r2")
+    assert where(h, "r1") == where(h, "r2") == "w1"
+
+
+def test_among_equals_the_engine_with_less_to_do() -> None:
+    h = fleet("w1", "w2")
+    h.submit("r1", model="n:latest")
+    h.submit("r2", model="m:latest")
+    assert (where(h, "r1"), where(h, "r2")) == ("w1", "w2")
+
+
+def test_where_it_failed_only_if_there_is_nowhere_else() -> None:
+    h = fleet("w1", "w2")
+    rid = h.submit("r1")
+    h.failed(rid, h.assigned(b"w1").attempt, retryable=True, peer=b"w1")
+    assert where(h, "r1") == "w2"
+    h.failed(rid, h.assigned(b"w2").attempt, retryable=True, peer=b"w2")
+    assert where(h, "r1") == "w1"
+
+
+def test_aliases_share_their_digests_slots() -> None:
+    h = Harness()
+    h.gateway("g1")
+    names = [Model(name=name, digest="sha:1") for name in ("m:latest", "alias:latest")]
+    h.worker("w1", Engine(url="http://e1", models=tuple(names)))
+    h.submit("r1", model="m:latest")
+    h.submit("r2", model="alias:latest")
+    assert [where(h, name) for name in ("r1", "r2")] == ["w1", "queue"]
+
+
+def test_two_engines_of_a_host_have_their_own_slots() -> None:
+    h = Harness()
+    h.gateway("g1")
+    h.worker("w1", engine("m:latest", url="http://e1"), engine("m:latest", url="http://e2"))
+    h.submit("r1")
+    h.submit("r2")
+    assert [h.request(rid_of(name)).engine for name in ("r1", "r2")] == ["http://e1", "http://e2"]

@@ -1,0 +1,236 @@
+"""`weftline keys`: what it writes, registers, prints and returns."""
+
+import base64
+import contextlib
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
+from typer.testing import CliRunner, Result
+
+from cli.keys import KeyFiles, app, create_key_files, ensure_client, websocket_url
+from common.errors import ProcessError, UsageError
+from gateway.auth import verify
+from gateway.store import Client, Store, StoreError
+
+LINE = "wl1:challenge"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEFTLINE_DATA_DIR", str(tmp_path / "data"))
+
+
+def keys(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def registered(name: str) -> Client | None:
+    with contextlib.closing(Store.open(Path("data").absolute())) as store:
+        return store.get(name)
+
+
+def signature(private: Path) -> str:
+    key = serialization.load_pem_private_key(private.read_bytes(), password=None)
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return base64.b64encode(key.sign(LINE.encode())).decode()
+    assert isinstance(key, rsa.RSAPrivateKey)
+    return base64.b64encode(key.sign(LINE.encode(), padding.PKCS1v15(), hashes.SHA256())).decode()
+
+
+@pytest.mark.parametrize(("options", "algorithm"), [((), "SHA256"), (("--algorithm", "Ed25519"), "ed25519")])
+def test_a_created_client_can_authenticate(options: tuple[str, ...], algorithm: str, tmp_path: Path) -> None:
+    result = keys("create", "alice", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    files = KeyFiles.of("alice", tmp_path / "keys")
+    for path in (files.private, files.public, files.config):
+        assert str(path) in result.stdout
+    assert json.loads(files.config.read_text()) == {
+        "serverUrl": "ws://127.0.0.1:3000",
+        "clientId": "alice",
+        "privateKeyPath": str(files.private),
+        "signatureAlgorithm": algorithm,
+    }
+    assert files.private.read_text().startswith("-----BEGIN PRIVATE KEY-----")
+    assert stat.S_IMODE(files.private.stat().st_mode) == 0o600
+    assert stat.S_IMODE(files.private.parent.stat().st_mode) == 0o700
+    assert verify(registered("alice"), algorithm, signature(files.private), LINE)
+    client = registered("alice")
+    assert client is not None
+    assert client.key.pem == files.public.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("ws://h:1/ws", "ws://h:1/ws"),
+        ("http://h:3000", "ws://h:3000"),
+        ("https://h", "wss://h"),
+        ("WSS://h", "wss://h"),
+        ("h:3000", "ws://h:3000"),
+        ("[::1]:3000", "ws://[::1]:3000"),
+    ],
+)
+def test_urls_become_websocket_urls(given: str, meant: str) -> None:
+    assert websocket_url(given) == meant
+
+
+@pytest.mark.parametrize("given", ["", "ws://", "ftp://h", "ws://h:99999", "ws://[::1", "http:///x"])
+def test_other_urls_are_refused(given: str) -> None:
+    with pytest.raises(UsageError, match="not the URL of a gateway"):
+        websocket_url(given)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("create", "../alice"),
+        ("create", "alice", "--algorithm", "MD5"),
+        ("create", "alice", "--server-url", "ftp://h"),
+        ("import", "alice", "missing.pem"),
+    ],
+)
+def test_a_mistake_is_status_2_and_leaves_nothing(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = keys(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("weftline: ")
+    assert not (tmp_path / "keys").exists()
+    assert registered("alice") is None
+
+
+@pytest.mark.parametrize("suffix", ["key.pem", "public.pem", "config.json"])
+def test_files_are_never_overwritten(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    existing = tmp_path / "keys" / f"alice_{suffix}"
+    existing.write_text("precious")
+    result = keys("create", "alice")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{existing} exists already" in result.stderr
+    assert existing.read_text() == "precious"
+    assert list((tmp_path / "keys").iterdir()) == [existing]
+    assert registered("alice") is None
+
+
+def test_files_of_a_client_that_is_not_registered_are_removed(tmp_path: Path) -> None:
+    assert keys("create", "alice").exit_code == 0
+    result = keys("create", "alice", "--out", "other")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "exists already" in result.stderr
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_folder_that_can_not_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ProcessError, match=f"cannot write {tmp_path / 'file'}"):
+        create_key_files("alice", tmp_path / "file" / "keys")
+
+
+def test_a_public_key_is_imported() -> None:
+    files, key = create_key_files("alice", Path("hers"), algorithm="SHA512")
+    result = keys("import", "alice", files.public, "--algorithm", "SHA512")
+    assert (result.exit_code, result.stderr) == (0, "")
+    client = registered("alice")
+    assert client is not None
+    assert client.key == key
+
+
+def test_a_private_key_is_not_imported() -> None:
+    files, _ = create_key_files("alice", Path("hers"))
+    result = keys("import", "alice", files.private)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "that is a private key" in result.stderr
+    assert registered("alice") is None
+
+
+def test_a_weak_key_is_not_imported(tmp_path: Path) -> None:
+    weak = rsa.generate_private_key(65537, 1024).public_key()
+    pem = weak.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "weak.pem").write_bytes(pem)
+    result = keys("import", "alice", "weak.pem")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "at least 2048 bits" in result.stderr
+
+
+def test_clients_are_listed_and_revoked() -> None:
+    assert "keys create NAME" in keys("list").stdout
+    assert json.loads(keys("list", "--json").stdout) == []
+    for name in ("bob", "alice"):
+        assert keys("create", name, "--algorithm", "ed25519").exit_code == 0
+    result = keys("revoke", "bob")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "Revoked the client 'bob'" in result.stdout
+    assert keys("revoke", "bob").exit_code == 0
+
+    lines = keys("list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["alice", "bob"]
+    assert "active" in lines[0]
+    assert "revoked" in lines[1]
+    rows = json.loads(keys("list", "--json").stdout)
+    assert [(row["id"], row["algorithm"], bool(row["revokedAt"])) for row in rows] == [
+        ("alice", "ed25519", False),
+        ("bob", "ed25519", True),
+    ]
+
+
+def test_revoking_nobody_fails() -> None:
+    result = keys("revoke", "nobody")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "there is no client 'nobody'" in result.stderr
+
+
+def test_a_data_dir_that_can_not_be_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = keys("list", "--data-dir", tmp_path / "file")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "--data-dir" in result.stderr
+
+
+def test_an_ensured_client_is_made_once_and_follows_the_url(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    config = ensure_client(data, "local", server_url="ws://127.0.0.1:3000")
+    private = (data / "keys" / "local_key.pem").read_bytes()
+    assert config == data / "keys" / "local_config.json"
+    assert ensure_client(data, "local", server_url="ws://127.0.0.1:4000") == config
+    assert json.loads(config.read_text())["serverUrl"] == "ws://127.0.0.1:4000"
+    assert (data / "keys" / "local_key.pem").read_bytes() == private
+    assert verify(registered("local"), None, signature(data / "keys" / "local_key.pem"), LINE)
+
+
+def test_an_ensured_client_survives_a_lost_registry(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    config = ensure_client(data, "local")
+    for path in data.glob("weftline.db*"):
+        path.unlink()
+    assert ensure_client(data, "local") == config
+    assert verify(registered("local"), None, signature(data / "keys" / "local_key.pem"), LINE)
+
+
+@pytest.mark.parametrize("lost", ["local_key.pem", "local_public.pem", "local_config.json"])
+def test_an_ensured_client_without_its_files_is_followed_by_another(lost: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    ensure_client(data, "local")
+    (data / "keys" / lost).unlink()
+    config = ensure_client(data, "local")
+    assert config.name == "local-2_config.json"
+    assert ensure_client(data, "local") == config
+    assert verify(registered("local-2"), None, signature(data / "keys" / "local-2_key.pem"), LINE)
+
+
+def test_a_revoked_client_is_not_ensured(tmp_path: Path) -> None:
+    ensure_client(tmp_path / "data", "local")
+    assert keys("revoke", "local").exit_code == 0
+    assert ensure_client(tmp_path / "data", "local").name == "local-2_config.json"
+
+
+def test_nothing_is_left_of_a_client_when_the_registry_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Store, "add", broken)
+    result = keys("create", "alice")
+    assert (result.exit_code, result.stderr) == (1, "weftline: the disk is full\n")
+    assert list((tmp_path / "keys").iterdir()) == []

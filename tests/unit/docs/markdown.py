@@ -1,0 +1,44 @@
+"""What the tests of the documentation read out of Markdown: sections, tables and fenced blocks, in their plainest form."""
+
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def sections(text: str, level: int) -> dict[str, str]:
+    """The bodies under the headings of `level`, by heading; a body ends at the next heading of that level or above."""
+    parts = re.split(rf"^(#{{1,{level}}}) (.+)$", text, flags=re.MULTILINE)
+    triples = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+    return {heading.strip("`[] "): body for marks, heading, body in triples if len(marks) == level}
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """All tables, each as its rows by column name; `\\|` in a cell stands for a bar."""
+    found = []
+    for lines in re.findall(r"(?:^ *\|.*\n)+", text, flags=re.MULTILINE):
+        cells = [
+            [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+            for line in lines.splitlines()
+        ]
+        found.append([dict(zip(cells[0], row, strict=True)) for row in cells[2:]])
+    return found
+
+
+def table(text: str, *columns: str) -> list[dict[str, str]]:
+    """The rows of the one table that has these columns; none if there is no such table."""
+    matching = [rows for rows in tables(text) if rows and set(columns) <= rows[0].keys()]
+    assert len(matching) <= 1, f"{len(matching)} tables have the columns {columns}"
+    return matching[0] if matching else []
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The contents of the fenced blocks of that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def code(cell: str) -> str:
+    """What stands between backticks in a cell, whose whole it is."""
+    match = re.fullmatch(r"`([^`]+)`", cell)
+    assert match, f"{cell!r} should stand in backticks"
+    return match[1]

@@ -1,0 +1,157 @@
+"""What is concluded from an engine's answers."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from common.protocol import Engine, Model
+from workers.ollama import LIST_BYTES_MAX, SHOWS_PER_POLL_MAX, Backend
+from workers.settings import EngineAddress
+
+URL = "http://127.0.0.1:11434"
+
+
+def answer(status: int, body: object = b"") -> httpx.Response:
+    """As from a socket: not read yet."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.Response(status, stream=httpx.ByteStream(content))
+
+
+class Ollama:
+    """Answers by path; `fault` replaces them all."""
+
+    def __init__(self) -> None:
+        self.version: Any = {"version": "0.33.0"}
+        self.models: list[dict[str, Any]] = []
+        self.resident: list[dict[str, Any]] = []
+        self.capabilities: dict[str, list[str] | None] = {}
+        self.asked: list[str] = []
+        self.fault: Callable[[httpx.Request], httpx.Response] | None = None
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(request.url.path)
+        if self.fault is not None:
+            return self.fault(request)
+        match request.url.path:
+            case "/api/version":
+                return answer(200, self.version)
+            case "/api/tags":
+                return answer(200, {"models": self.models})
+            case "/api/ps":
+                return answer(200, {"models": self.resident or None})
+        name = json.loads(request.content)["model"]
+        if name not in self.capabilities:
+            return answer(404, {"error": "no such model"})
+        return answer(200, {"capabilities": self.capabilities[name], "details": {}})
+
+
+@pytest.fixture
+def ollama() -> Ollama:
+    return Ollama()
+
+
+@pytest.fixture
+async def backend(ollama: Ollama) -> AsyncIterator[Backend]:
+    async with Backend(EngineAddress(URL, 4), 2.0) as backend:
+        await backend.client.aclose()
+        backend.client = httpx.AsyncClient(base_url=URL, transport=httpx.MockTransport(ollama))
+        yield backend
+
+
+def listed(name: str, digest: str, family: str = "llama") -> dict[str, Any]:
+    return {"name": name, "digest": digest, "size": 7, "details": {"family": family, "families": [family]}}
+
+
+async def test_models_with_slots_aliases_and_residency(ollama: Ollama, backend: Backend) -> None:
+    ollama.models = [listed("z:latest", "d1"), listed("a:latest", "d1"), listed("e:latest", "d2", "nomic-bert")]
+    ollama.resident = [listed("z:latest", "d1")]
+    ollama.capabilities = {"a:latest": ["completion"], "e:latest": ["embedding"]}
+    assert await backend.poll()
+    assert backend.engine == Engine(
+        url=URL,
+        version="0.33.0",
+        models=(
+            Model(name="a:latest", digest="d1", slots=4, size_bytes=7, resident=True),
+            Model(name="e:latest", digest="d2", slots=1, size_bytes=7, embedding=True),
+            Model(name="z:latest", digest="d1", slots=4, size_bytes=7, resident=True),
+        ),
+    )
+    ollama.asked.clear()
+    assert not await backend.poll()
+    assert ollama.asked == ["/api/version", "/api/tags", "/api/ps"]  # a digest is looked at once
+
+
+async def test_capabilities_decide_over_the_family(ollama: Ollama, backend: Backend) -> None:
+    ollama.models = [listed("both", "d1"), listed("qwen-embed", "d2", "qwen3"), listed("bert-chat", "d3", "bert")]
+    ollama.capabilities = {
+        "both": ["completion", "embedding"],
+        "qwen-embed": ["embedding"],
+        "bert-chat": ["completion"],
+    }
+    await backend.poll()
+    assert {model.name: model.embedding for model in backend.engine.models} == {
+        "both": False,
+        "qwen-embed": True,
+        "bert-chat": False,
+    }
+
+
+async def test_without_capabilities_the_family_decides_and_is_asked_again(ollama: Ollama, backend: Backend) -> None:
+    ollama.models = [listed("old", "d1", "nomic-bert"), listed("silent", "d2")]
+    ollama.capabilities = {"silent": None}
+    await backend.poll()
+    assert [model.embedding for model in backend.engine.models] == [True, False]
+    ollama.capabilities = {"old": ["completion"], "silent": ["embedding"]}
+    assert await backend.poll()
+    assert [model.embedding for model in backend.engine.models] == [False, True]
+
+
+async def test_a_poll_looks_at_a_bounded_number_of_models(ollama: Ollama, backend: Backend) -> None:
+    ollama.models = [listed(f"m{n:03}", f"d{n}") for n in range(SHOWS_PER_POLL_MAX + 5)]
+    ollama.capabilities = {model["name"]: ["completion"] for model in ollama.models}
+    await backend.poll()
+    assert ollama.asked.count("/api/show") == SHOWS_PER_POLL_MAX
+    await backend.poll()
+    assert ollama.asked.count("/api/show") == SHOWS_PER_POLL_MAX + 5
+
+
+async def test_kinds(ollama: Ollama, backend: Backend) -> None:
+    ollama.version = {"version": "1", "engine": "simulated"}
+    await backend.poll()
+    assert backend.engine.kind == "simulated"
+
+
+def refuse(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused", request=request)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (refuse, "refused"),
+        (lambda _: answer(500), "/api/version was answered with 500"),
+        (lambda _: answer(200, b"Ollama is running"), "not what Ollama says"),
+        (lambda _: answer(200, b"[\xff]"), "not what Ollama says"),
+        (lambda _: answer(200, b" " * (LIST_BYTES_MAX + 1)), "not what Ollama says"),
+    ],
+)
+async def test_down_with_a_sentence_and_back(
+    ollama: Ollama, backend: Backend, fault: Callable[[httpx.Request], httpx.Response], words: str
+) -> None:
+    ollama.models = [listed("m", "d1")]
+    ollama.capabilities = {"m": ["completion"]}
+    await backend.poll()
+    up = backend.engine
+    ollama.fault = fault
+    assert await backend.poll()
+    assert not backend.engine.up
+    assert words in backend.engine.error
+    assert URL in backend.engine.error
+    assert backend.engine.models == up.models
+    assert not await backend.poll()
+    ollama.fault = None
+    assert await backend.poll()
+    assert backend.engine == up

@@ -1,0 +1,101 @@
+"""`weftline engine`, also `python -m workers.embedded`: the embedded engine alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common import logs, process
+from common.command import LogFormatOption, LogLevelOption, run_command
+from common.errors import ProcessError, UsageError
+from workers.embedded.llama import LlamaBackend
+from workers.embedded.server import serve
+from workers.embedded.simulated import Settings, SimulatedBackend
+from workers.embedded.wire import full_name
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from workers.embedded.engine import Backend
+
+
+def engine(
+    listen: Annotated[str, typer.Option(help="Where to listen; port 0 takes a free one.")] = "127.0.0.1:11435",
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model to serve; SmolLM2-135M unless told.", metavar="NAME=FILE.gguf")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Requests a model serves at a time. [2, simulated 4]")
+    ] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Known words at a set speed instead of a model.")
+    ] = False,
+    tokens_per_s: Annotated[float, typer.Option(min=0, help="Simulated: of one stream; 0 is full speed.")] = 0.0,
+    load_s: Annotated[float, typer.Option(min=0, help="Simulated: how long a model takes to load.")] = 0.0,
+    first_token_s: Annotated[float, typer.Option(min=0, help="Simulated: from the request to its first token.")] = 0.0,
+    sim_model: Annotated[
+        list[str] | None, typer.Option(help="Simulated: a model's name. [simulated, llama2]", metavar="NAME")
+    ] = None,
+    log_level: LogLevelOption = None,
+    log_format: LogFormatOption = None,
+) -> int:
+    """Serve Ollama's API without Ollama: real inference by llama.cpp, or a simulation for tests and benchmarks."""
+    if log_format not in (None, "text", "json"):
+        raise UsageError(f"--log-format is text or json, not {log_format}")
+    try:
+        logs.setup(level=log_level or "info", fmt="json" if log_format == "json" else "text")
+    except ValueError as error:
+        raise UsageError(f"--log-level: {error}") from None
+
+    async def start(stop: asyncio.Event) -> int:
+        if simulated:
+            settings = Settings(
+                tokens_per_s=tokens_per_s,
+                first_token_s=first_token_s,
+                load_s=load_s,
+                slots=slots or Settings().slots,
+                models=sim_model or Settings().models,
+            )
+            backend: Backend = SimulatedBackend(settings)
+        else:
+            try:
+                backend = await LlamaBackend.open(_files(model or []), slots=slots or 2)
+            except (OSError, ValueError) as error:
+                raise ProcessError(str(error)) from None
+        try:
+            await serve(
+                listen,
+                backend,
+                stop,
+                on_ready=lambda url: print(f"engine listening on {url} ({backend.label})", file=sys.stderr, flush=True),
+            )
+        except OSError as error:
+            raise ProcessError(f"cannot listen on {listen}: {error.strerror or error}") from None
+        return 0
+
+    return process.run(start)
+
+
+def _files(models: list[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for given in models:
+        name, found, path = given.partition("=")
+        if not found or not path:
+            raise UsageError(f"--model wants NAME=FILE.gguf, not {given}")
+        try:
+            files[full_name(name)] = Path(path)
+        except ValueError as error:
+            raise UsageError(f"--model {given}: {error}") from None
+    return files
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the engine to its end and return the exit status."""
+    return run_command(engine, argv, name="weftline engine")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

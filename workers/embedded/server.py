@@ -1,0 +1,487 @@
+"""The HTTP surface: Ollama's routes over any backend, and the life of the server around them.
+
+A request's whole work runs beside a watch on its connection: when the client leaves, the work is cancelled wherever
+it is (waiting, loading, generating), and its slot is free again. Errors before the first byte have their own status;
+afterwards they are a last line `{"error": …}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from workers.embedded import wire
+from workers.embedded.engine import Completion, CutShort
+from workers.embedded.engine import Final as FinalPart
+from workers.embedded.residency import Residency
+from workers.embedded.wire import NS_PER_S, ApiError, Message, Options, encode, quote, rfc3339
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from starlette.requests import Request as HttpRequest
+    from starlette.types import Receive, Scope, Send
+
+    from workers.embedded.engine import Backend, Model, Piece, Runner
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = "0.24.0"
+"""The version of Ollama whose API is spoken, which clients compare."""
+BODY_BYTES_MAX: Final = 64 << 20
+_JSON: Final = "application/json; charset=utf-8"
+
+
+class _ClientGone(Exception):
+    """The connection of a request was closed from the other side."""
+
+
+def create_app(backend: Backend) -> Starlette:
+    """Ollama's API over `backend`. Models are loaded, and unloaded again, within the app's lifespan."""
+    api = _Api(backend)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with api.residency.open():
+            yield
+
+    routes = [
+        Route("/", api.running, methods=["GET", "HEAD"]),
+        Route("/api/version", api.version, methods=["GET", "HEAD"]),
+        Route("/api/tags", api.tags, methods=["GET", "HEAD"]),
+        Route("/api/ps", api.ps, methods=["GET"]),
+        Route("/api/show", api.show, methods=["POST"]),
+        Route("/api/generate", _Watched(api.generate), methods=["POST"]),
+        Route("/api/chat", _Watched(api.chat), methods=["POST"]),
+        Route("/api/embed", _Watched(api.embed), methods=["POST"]),
+        Route("/api/embeddings", _Watched(api.embeddings), methods=["POST"]),
+        Route("/debug/slots", api.slots, methods=["GET"]),
+        *backend.debug_routes(),
+    ]
+    handlers = {HTTPException: _plain_error, ApiError: _api_error}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    app.router.redirect_slashes = False
+    return app
+
+
+def _plain_error(_: HttpRequest, error: HTTPException) -> Response:
+    text = {404: "404 page not found", 405: "405 method not allowed"}.get(error.status_code, error.detail)
+    return PlainTextResponse(text, error.status_code, error.headers, media_type="text/plain")
+
+
+def _api_error(_: HttpRequest, error: ApiError) -> Response:
+    return Response(error.line(), error.status, media_type=_JSON)
+
+
+def _json(value: Any) -> Response:
+    return Response(encode(value), media_type=_JSON)
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body; ApiError 413 beyond 64 MiB."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > BODY_BYTES_MAX:
+            raise ApiError(413, "request body too large")
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+class _Watched:
+    """An ASGI endpoint whose handler is cancelled when its client leaves."""
+
+    def __init__(self, handler: Callable[[bytes, _Reply], Awaitable[None]]) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = _Reply(send)
+        try:
+            async with asyncio.TaskGroup() as group:
+                body = await read_body(receive)
+                watch = group.create_task(_watch(receive))
+                try:
+                    await self._handler(body, reply)
+                except ApiError as error:
+                    await reply.fail(error)
+                except CutShort as cut:
+                    if cut.clean:
+                        await reply.end()
+                watch.cancel()
+        except* ApiError as errors:
+            for refused in errors.exceptions:
+                assert isinstance(refused, ApiError)
+                await reply.fail(refused)
+        except* _ClientGone:
+            log.debug("the client of %s left", scope["path"])
+
+
+async def _watch(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise _ClientGone
+
+
+class _Reply:
+    """One response: either a whole document or a stream of NDJSON lines."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+
+    async def document(self, value: Any, status: int = 200) -> None:
+        body = encode(value)
+        headers = [(b"content-type", _JSON.encode()), (b"content-length", b"%d" % len(body))]
+        self._started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def lines(self, data: bytes) -> None:
+        if not self._started:
+            self._started = True
+            headers = [(b"content-type", b"application/x-ndjson")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        if not self._started:
+            await self.lines(b"")
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: ApiError) -> None:
+        if self._started:
+            await self.lines(error.line() + b"\n")
+            await self.end()
+        else:
+            await self.document({"error": error.message}, error.status)
+
+
+class _Api:
+    """The handlers. Each does what Ollama's of the same name does, in the same order."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.residency = Residency(backend)
+
+    # -- about the engine and its models
+
+    async def running(self, _: HttpRequest) -> Response:
+        # Clients look for these very words; /api/version tells what this really is.
+        return PlainTextResponse("Ollama is running")
+
+    async def version(self, _: HttpRequest) -> Response:
+        return _json({"version": VERSION, "engine": f"weftline {self._backend.label}"})
+
+    async def tags(self, _: HttpRequest) -> Response:
+        return _json(
+            {
+                "models": [
+                    {
+                        "name": name,
+                        "model": name,
+                        "modified_at": model.modified_at,
+                        "size": model.size_bytes,
+                        "digest": model.digest,
+                        "details": model.details(),
+                    }
+                    for name, model in self._backend.models.items()
+                ]
+            }
+        )
+
+    async def ps(self, _: HttpRequest) -> Response:
+        return _json({"models": self.residency.ps()})
+
+    async def slots(self, _: HttpRequest) -> Response:
+        return _json({"models": self.residency.slots()})
+
+    async def show(self, request: HttpRequest) -> Response:
+        values = wire.parse_body(await read_body(request.receive), "ShowRequest")
+        name = values.get("model") or values.get("name") or ""
+        if not name:
+            raise ApiError(400, "model is required")
+        model = self._find(name, 404, f"model '{name}' not found")
+        return _json(
+            {
+                **({"template": model.template} if model.template else {}),
+                "details": model.details(),
+                "model_info": model.info,
+                "capabilities": model.capabilities,
+                "modified_at": model.modified_at,
+            }
+        )
+
+    # -- inference
+
+    async def generate(self, body: bytes, reply: _Reply) -> None:
+        began_s = time.monotonic()
+        request = wire.parse_request(body, "GenerateRequest")
+        model = self._find(request.model, 404, f"model '{request.model}' not found")
+        shape = _Shape(request.model, chat=False)
+        if not request.prompt and request.keep_alive_s == 0:
+            self.residency.expire(model)
+            return await reply.document(shape.document(done=True, done_reason="unload"))
+        if request.raw and (request.template or request.system or request.context):
+            raise ApiError(400, "raw mode does not support template, system, or context")
+        options = self._check(request, model, "generate")
+        async with self.residency.lease(model, options.num_ctx, request.keep_alive_s) as runner:
+            loaded_s = time.monotonic()
+            if not request.prompt:
+                return await reply.document(shape.document(done=True, done_reason="load"))
+            prompt = request.prompt
+            if not request.raw:
+                system = [Message("system", request.system)] if request.system else []
+                prompt = await runner.render([*system, Message("user", prompt)], truncate=request.truncate)
+                if request.context:
+                    prompt = await runner.detokenize(request.context) + prompt
+            await self._answer(request, options, runner, prompt, shape, reply, began_s, loaded_s)
+
+    async def chat(self, body: bytes, reply: _Reply) -> None:
+        began_s = time.monotonic()
+        request = wire.parse_request(body, "ChatRequest")
+        if not request.model:
+            raise ApiError(400, "model is required")
+        model = self._find(request.model, 404, f"model '{request.model}' not found")
+        shape = _Shape(request.model, chat=True)
+        if not request.messages and request.keep_alive_s == 0:
+            self.residency.expire(model)
+            return await reply.document(shape.document(done=True, done_reason="unload"))
+        options = self._check(request, model, "chat")
+        async with self.residency.lease(model, options.num_ctx, request.keep_alive_s) as runner:
+            loaded_s = time.monotonic()
+            if not request.messages:
+                return await reply.document(shape.document(done=True, done_reason="load"))
+            prompt = await runner.render(request.messages, truncate=request.truncate)
+            await self._answer(request, options, runner, prompt, shape, reply, began_s, loaded_s)
+
+    async def _answer(
+        self,
+        request: wire.Request,
+        options: Options,
+        runner: Runner,
+        prompt: str,
+        shape: _Shape,
+        reply: _Reply,
+        began_s: float,
+        loaded_s: float,
+    ) -> None:
+        if request.render_only:
+            return await reply.document(shape.document(done=False, _debug_info={"rendered_template": prompt}))
+        completion = Completion(prompt, options, request.schema, request.logprobs, request.truncate)
+        pieces: list[Piece] = []
+        keep_text = not request.stream or not (shape.chat or request.raw)
+        async with contextlib.aclosing(runner.complete(completion)) as parts:
+            async for part in parts:
+                if isinstance(part, FinalPart):
+                    break
+                if keep_text:
+                    pieces += part
+                if request.stream:
+                    await reply.lines(shape.lines(part))
+            else:
+                raise ApiError(500, "the answer ended without a result")
+        final = part
+        text = "".join(piece.text for piece in pieces)
+        fields: dict[str, Any] = {"done_reason": final.reason}
+        if not shape.chat and not request.raw and (context := await runner.tokenize(prompt + text)):
+            fields["context"] = context
+        now_s = time.monotonic()
+        fields |= _without_zeros(
+            total_duration=int((now_s - began_s) * NS_PER_S),
+            load_duration=int((loaded_s - began_s) * NS_PER_S),
+            prompt_eval_count=final.prompt_tokens,
+            prompt_eval_duration=final.prompt_ns,
+            eval_count=final.tokens,
+            eval_duration=final.eval_ns,
+        )
+        if request.stream:
+            await reply.lines(encode(shape.document(done=True, **fields)) + b"\n")
+            return await reply.end()
+        if request.logprobs is not None:
+            fields["logprobs"] = [entry for piece in pieces for entry in piece.logprobs or ()]
+        await reply.document(shape.document(text, done=True, **fields))
+
+    async def embed(self, body: bytes, reply: _Reply) -> None:
+        began_s = time.monotonic()
+        request = wire.parse_request(body, "EmbedRequest")
+        missing = f'model "{request.model}" not found, try pulling it first'
+        model = self._find(request.model, 404, missing if request.model else "model '' not found")
+        options = wire.parse_options(request.options)
+        async with self.residency.lease(model, options.num_ctx, request.keep_alive_s) as runner:
+            loaded_s = time.monotonic()
+            if not request.input:
+                return await reply.document({"model": request.model, "embeddings": []})
+            vectors, tokens = await runner.embed(request.input, truncate=request.truncate)
+            vectors = [wire.normalize(vector) for vector in vectors]
+            if 0 < request.dimensions < len(vectors[0]):
+                vectors = [wire.normalize(vector[: request.dimensions]) for vector in vectors]
+            durations = _without_zeros(
+                total_duration=int((time.monotonic() - began_s) * NS_PER_S),
+                load_duration=int((loaded_s - began_s) * NS_PER_S),
+                prompt_eval_count=tokens,
+            )
+            await reply.document({"model": request.model, "embeddings": vectors, **durations})
+
+    async def embeddings(self, body: bytes, reply: _Reply) -> None:
+        request = wire.parse_request(body, "EmbeddingRequest")
+        if not request.model:
+            raise ApiError(400, "model is required")
+        model = self._find(request.model, 404, f'model "{request.model}" not found, try pulling it first')
+        options = wire.parse_options(request.options)
+        async with self.residency.lease(model, options.num_ctx, request.keep_alive_s) as runner:
+            if not request.prompt:
+                return await reply.document({"embedding": []})
+            vectors, _ = await runner.embed([request.prompt], truncate=request.truncate)
+            await reply.document({"embedding": wire.normalize(vectors[0])})
+
+    # -- checks
+
+    def _find(self, name: str, status: int, missing: str) -> Model:
+        if name:
+            try:
+                full = wire.full_name(name)
+            except ValueError as error:
+                raise ApiError(400, str(error)) from None
+            if model := self._backend.models.get(full):
+                return model
+        raise ApiError(status, missing)
+
+    def _check(self, request: wire.Request, model: Model, action: str) -> Options:
+        """Refuse, as Ollama does, what the model cannot do; what only this engine cannot do is said plainly."""
+        if request.think:
+            raise ApiError(400, f"{quote(request.model)} does not support thinking")
+        if "completion" not in model.capabilities:
+            raise ApiError(400, f"{quote(request.model)} does not support {action}")
+        for wanted, capability in ((request.suffix, "insert"), (request.tools, "tools")):
+            if wanted:
+                raise ApiError(400, f"registry.ollama.ai/library/{model.name} does not support {capability}")
+        if request.images:
+            raise ApiError(400, "this model is missing data required for image input")
+        if request.template:
+            raise ApiError(400, "the embedded engine does not run templates given in a request")
+        return wire.parse_options(request.options)
+
+
+def _without_zeros(**counts: int) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count}
+
+
+class _Shape:
+    """Writes the lines of one answer, generate's or chat's; what does not change from line to line is made once."""
+
+    def __init__(self, model: str, *, chat: bool) -> None:
+        self.chat = chat
+        self._model = model
+        self._head = f'{{"model":{quote(model)},"created_at":"'
+        self._middle = '","message":{"role":"assistant","content":' if chat else '","response":'
+        self._tail = '},"done":false' if chat else ',"done":false'
+
+    def lines(self, pieces: Sequence[Piece]) -> bytes:
+        """A line for each piece, all with the same `created_at`: they became ready together."""
+        start = f"{self._head}{rfc3339(time.time_ns())}{self._middle}"
+        tail = self._tail
+        return "".join(
+            [
+                f"{start}{quote(text)}{tail}}}\n"
+                if logprobs is None
+                else f'{start}{quote(text)}{tail},"logprobs":{encode(logprobs).decode()}}}\n'
+                for text, logprobs in pieces
+            ]
+        ).encode()
+
+    def document(self, text: str = "", *, done: bool, **fields: Any) -> dict[str, Any]:
+        # A prompt that was only rendered has, in Ollama, a message with nothing in it.
+        role = "" if "_debug_info" in fields else "assistant"
+        content = {"message": {"role": role, "content": text}} if self.chat else {"response": text}
+        return {"model": self._model, "created_at": rfc3339(time.time_ns()), **content, "done": done, **fields}
+
+
+# -- the server -------------------------------------------------------------------------------------------------------
+
+
+class _Server(uvicorn.Server):
+    """uvicorn on a socket that is already bound, without its signal handlers."""
+
+    def __init__(self, backend: Backend, listener: socket.socket) -> None:
+        config = uvicorn.Config(
+            create_app(backend),
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        super().__init__(config)
+        self._listener = listener
+        self.ready = asyncio.get_running_loop().create_future()
+
+    async def run_until_stopped(self) -> None:
+        await self._serve([self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set_result(None)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Running answers are cut: to the handlers it is as if every client had left.
+        for connection in list(self.server_state.connections):
+            if connection.transport:
+                connection.transport.abort()
+        await super().shutdown(sockets)
+
+
+def bind(listen: str) -> tuple[socket.socket, str]:
+    """A listening socket for HOST:PORT (port 0 picks one) and the URL it is reached at; OSError when it is taken."""
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    family, kind, proto, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    shown = f"[{host}]" if ":" in host else host
+    return listener, f"http://{shown}:{listener.getsockname()[1]}"
+
+
+@contextlib.asynccontextmanager
+async def running(backend: Backend, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
+    """Serve `backend` in this event loop for the length of the block; yields its URL."""
+    listener, url = bind(listen)
+    server = _Server(backend, listener)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(server.run_until_stopped(), name=f"engine {url}")
+        await server.ready
+        try:
+            yield url
+        finally:
+            server.should_exit = True
+
+
+async def serve(
+    listen: str, backend: Backend, stop: asyncio.Event, *, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve until `stop` is set; then running requests are cut and models unloaded. OSError when `listen` is taken."""
+    async with running(backend, listen) as url:
+        if on_ready:
+            on_ready(url)
+        await stop.wait()

@@ -1,0 +1,317 @@
+"""A backend without a model: words that anybody can compute beforehand, at a set speed, with faults on demand.
+
+The text. Token i of the answer to a prompt is a space and a word, chosen by a hash of the prompt, the seed and i. A
+prompt that ends in the beginning of its own answer is continued rather than answered anew, as a real model does with
+a raw prompt:
+
+    token(P + transcript(P, seed, k), seed, i) == token(P, seed, k + i)
+
+To that end a prompt is first split into its base and the k tokens of the base's own answer that follow it; of several
+ways to split, the shortest base counts, which makes the rule hold wherever a stream was cut between tokens. Here a
+token is a word, so counts are words too.
+
+The clock. Token i is due at start + first_token_s + i / tokens_per_s. The schedule is absolute: a late token delays
+no other, and tokens that are due together leave together.
+
+Requests. `num_predict` of 1 or more gives exactly that many tokens (100,000 at most) (done_reason "length");
+otherwise the answer ends by itself after `answer_tokens` in total (done_reason "stop"). `stop` strings and `seed` are
+honoured (an unset seed is 0), sampling options and `format` are not. The prompt of one user message is the message
+itself, see `wire.join_messages`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+from starlette.responses import Response
+from starlette.routing import Route
+
+from workers.embedded.engine import Completion, CutShort, Model, Piece
+from workers.embedded.engine import Final as FinalPart
+from workers.embedded.residency import BUSY
+from workers.embedded.wire import NS_PER_S, ApiError, Message, encode, full_name, join_messages
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+
+    from starlette.requests import Request
+
+_ONSETS: Final = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
+_VOWELS: Final = ("a", "e", "i", "o")
+_CODAS: Final = ("n", "r", "l", "s")
+_SYLLABLES: Final = [onset + vowel for onset in _ONSETS for vowel in _VOWELS]
+_TOKENS: Final = [f" {first}{second}{coda}" for first in _SYLLABLES for second in _SYLLABLES[::4] for coda in _CODAS]
+_PIECES: Final = [Piece(token) for token in _TOKENS]
+_MASK: Final = 2**64 - 1
+
+CONTEXT_TOKENS: Final = 4096
+ANSWER_TOKENS_MAX: Final = 100_000
+_BATCH_MAX: Final = 64
+"""Tokens sent at once when behind the schedule, so that streams at full speed take turns."""
+
+
+# -- the text (pure) --------------------------------------------------------------------------------------------------
+
+
+def _choice(base: int, seed: int, index: int) -> int:
+    """The number of token `index`: splitmix64's finaliser over its inputs, stable across processes and versions."""
+    x = (base * 0x9E3779B97F4A7C15 + seed * 0xD1B54A32D192ED03 + index * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (x ^ (x >> 31)) % len(_TOKENS)
+
+
+def _split(prompt: str, seed: int) -> tuple[int, int]:
+    """The hash of the prompt's base and how many tokens of the base's own answer follow it."""
+    whole = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
+    head, *words = prompt.split(" ")
+    base = zlib.crc32(head.encode("utf-8", "surrogatepass"))
+    for position, word in enumerate(words):
+        if _TOKENS[_choice(base, seed, 0)] == f" {word}":
+            rest = words[position:]
+            if all(_TOKENS[_choice(base, seed, index)] == f" {other}" for index, other in enumerate(rest)):
+                return base, len(rest)
+        base = zlib.crc32(f" {word}".encode("utf-8", "surrogatepass"), base)
+    return whole, 0
+
+
+def token(prompt: str, seed: int, index: int) -> str:
+    """Token `index`, from 0, of the answer to `prompt`."""
+    base, done = _split(prompt, seed)
+    return _TOKENS[_choice(base, seed, done + index)]
+
+
+def transcript(prompt: str, seed: int, n: int) -> str:
+    """The first `n` tokens of the answer to `prompt`, joined."""
+    base, done = _split(prompt, seed)
+    return "".join(_TOKENS[_choice(base, seed, done + index)] for index in range(n))
+
+
+def embedding(text: str, size: int) -> list[float]:
+    """A vector that depends on the text alone: the sum of its words' directions, so common words make texts close."""
+    vector = [0.0] * size
+    for word in text.lower().split() or [""]:
+        digest = hashlib.shake_128(word.encode("utf-8", "surrogatepass")).digest(size)
+        for index, byte in enumerate(digest):
+            vector[index] += byte / 127.5 - 1
+    return vector
+
+
+# -- settings and faults ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Settings:
+    """How the simulated host behaves. Times in seconds."""
+
+    tokens_per_s: float = 0.0
+    """Of one stream; 0 is as fast as it goes."""
+    first_token_s: float = 0.0
+    load_s: float = 0.0
+    slots: int = 4
+    loaded_max: int = 3
+    answer_tokens: int = 128
+    models: Sequence[str] = ("simulated", "llama2")
+    embedding_model: str = "simulated-embed"
+    embedding_size: int = 32
+
+
+class Fault(msgspec.Struct, forbid_unknown_fields=True):
+    """Something to go wrong with the next `count` requests (of `model`, if given), after `after` tokens of each.
+
+    truncate: the body ends properly but without its last line. die_mid: the connection is closed. hang: silence until
+    the client leaves. error_line: a line with an error. slow_first: the first token is `delay_s` later. http_500,
+    http_503: the request is refused.
+    """
+
+    kind: Literal["truncate", "http_500", "http_503", "hang", "die_mid", "error_line", "slow_first"]
+    after: int = 0
+    count: int = 1
+    model: str | None = None
+    delay_s: float = 5.0
+
+
+@dataclass(slots=True)
+class Faults:
+    """The faults that are still to happen, oldest first."""
+
+    pending: list[Fault] = field(default_factory=list)
+
+    def take(self, model: str) -> Fault | None:
+        for fault in self.pending:
+            if fault.model is None or full_name(fault.model) == model:
+                fault.count -= 1
+                if fault.count <= 0:
+                    self.pending.remove(fault)
+                return fault
+        return None
+
+
+FAULTS_MAX: Final = 1000
+
+
+# -- the backend ------------------------------------------------------------------------------------------------------
+
+
+class SimulatedBackend:
+    """Serves `settings.models`, all with the same words, and one embedding model."""
+
+    label = "simulated"
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.faults = Faults()
+        names = [full_name(name) for name in self.settings.models]
+        self.models: Mapping[str, Model] = {
+            **{name: _model(name, "simulated", "completion") for name in names},
+            (name := full_name(self.settings.embedding_model)): _model(name, "simulated-embed", "embedding"),
+        }
+        self.loaded_max = self.settings.loaded_max
+
+    def slots(self, model: Model) -> int:
+        return 1 if "embedding" in model.capabilities else self.settings.slots
+
+    async def load(self, model: Model, num_ctx: int) -> SimulatedRunner:
+        await asyncio.sleep(self.settings.load_s)
+        return SimulatedRunner(model, self.settings, self.faults, num_ctx or CONTEXT_TOKENS)
+
+    def debug_routes(self) -> list[Route]:
+        return [Route("/debug/faults", self._inject, methods=["POST"])]
+
+    async def _inject(self, request: Request) -> Response:
+        """POST a Fault, answered with all that are pending. ApiError 400 for what is none, 503 when too many are."""
+        if len(self.faults.pending) >= FAULTS_MAX:
+            raise ApiError(503, "too many faults are pending")
+        try:
+            fault = msgspec.json.decode(await request.body(), type=Fault)
+            full_name(fault.model or "any")
+        except (msgspec.DecodeError, ValueError) as error:
+            raise ApiError(400, str(error)) from None
+        self.faults.pending.append(fault)
+        return Response(encode({"faults": self.faults.pending}), media_type="application/json; charset=utf-8")
+
+
+class SimulatedRunner:
+    """A simulated model, loaded."""
+
+    alive = True
+
+    def __init__(self, model: Model, settings: Settings, faults: Faults, context_length: int) -> None:
+        self.context_length = context_length
+        self.size_bytes = model.size_bytes
+        self._model = model
+        self._settings = settings
+        self._faults = faults
+
+    async def render(self, messages: list[Message], *, truncate: bool) -> str:
+        return join_messages(messages)
+
+    async def complete(self, request: Completion) -> AsyncGenerator[list[Piece] | FinalPart, None]:
+        start_s = time.monotonic()
+        first_s, interval_s = self._settings.first_token_s, 0.0
+        if self._settings.tokens_per_s:
+            interval_s = 1 / self._settings.tokens_per_s
+        fault = self._faults.take(self._model.name)
+        match fault and fault.kind:
+            case "http_500":
+                raise ApiError(500, "injected fault")
+            case "http_503":
+                raise ApiError(503, BUSY)
+            case "slow_first":
+                assert fault
+                first_s += fault.delay_s
+                fault = None
+        pieces, reason = self._answer(request)
+        due_s = start_s + first_s
+        sent = 0
+        end = min(fault.after, len(pieces)) if fault else len(pieces)
+        while sent < end:
+            now_s = time.monotonic()
+            if now_s < due_s + sent * interval_s:
+                await asyncio.sleep(due_s + sent * interval_s - now_s)
+                now_s = time.monotonic()
+            ready = _BATCH_MAX
+            if interval_s:
+                # A timer may fire a clock tick early; the token it was set for is due all the same.
+                ready = min(ready, max(1, int((now_s - due_s) / interval_s) + 1 - sent))
+            batch = pieces[sent : min(sent + ready, end)]
+            sent += len(batch)
+            yield batch
+            await asyncio.sleep(0)
+        if fault:
+            await _fail(fault)
+        prompt_ns = int(first_s * NS_PER_S)
+        eval_ns = int((time.monotonic() - due_s) * NS_PER_S) if pieces else 0
+        yield FinalPart(reason, len(request.prompt.split()), prompt_ns, len(pieces), max(eval_ns, 0))
+
+    def _answer(self, request: Completion) -> tuple[list[Piece], str]:
+        seed = max(request.options.seed, 0)
+        base, done = _split(request.prompt, seed)
+        if request.options.num_predict > 0:
+            count, reason = min(request.options.num_predict, ANSWER_TOKENS_MAX), "length"
+        else:
+            count, reason = max(self._settings.answer_tokens - done, 0), "stop"
+        pieces = [_PIECES[_choice(base, seed, done + index)] for index in range(count)]
+        if request.options.stop:
+            text = "".join(piece.text for piece in pieces)
+            cuts = [at for stop in request.options.stop if (at := text.find(stop)) >= 0]
+            if cuts:
+                return list(_cut(pieces, min(cuts))), "stop"
+        return pieces, reason
+
+    async def embed(self, texts: list[str], *, truncate: bool) -> tuple[list[list[float]], int]:
+        size = self._settings.embedding_size
+        return [embedding(text, size) for text in texts], sum(len(text.split()) for text in texts)
+
+    async def tokenize(self, text: str) -> list[int]:
+        return []  # no context is offered: there is no vocabulary to encode a prompt with
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        raise ApiError(400, "the simulated engine has no context to continue from")
+
+    async def close(self) -> None:
+        return None
+
+
+async def _fail(fault: Fault) -> None:
+    match fault.kind:
+        case "truncate":
+            raise CutShort(clean=True)
+        case "die_mid":
+            raise CutShort(clean=False)
+        case "error_line":
+            raise ApiError(500, "injected fault")
+        case _:
+            await asyncio.Event().wait()
+
+
+def _cut(pieces: list[Piece], length: int) -> Iterator[Piece]:
+    """The pieces up to `length` characters in all."""
+    for piece in pieces:
+        if length <= 0:
+            return
+        yield Piece(piece.text[:length])
+        length -= len(piece.text)
+
+
+def _model(name: str, family: str, capability: str) -> Model:
+    size = {"completion": 1_000_000_000, "embedding": 50_000_000}[capability]
+    return Model(
+        name=name,
+        digest=hashlib.sha256(f"simulated {name}".encode()).hexdigest(),
+        size_bytes=size,
+        modified_at="2026-01-01T00:00:00Z",
+        family=family,
+        parameter_size="1B" if capability == "completion" else "50M",
+        quantization_level="Q8_0",
+        capabilities=(capability,),
+        context_length=CONTEXT_TOKENS,
+        template="{{ .Prompt }}",
+        info={"general.architecture": family, f"{family}.context_length": CONTEXT_TOKENS},
+    )

@@ -1,0 +1,110 @@
+"""The settings of a worker, and how an engine is named."""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from common.config import Settings
+from common.errors import UsageError
+
+OLLAMA_PORT: Final = 11434
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Bytes = Annotated[int, msgspec.Meta(ge=64 * 2**10)]
+
+
+class EngineAddress(msgspec.Struct, frozen=True):
+    """Where an engine listens, and how many requests for one model it runs at once (its OLLAMA_NUM_PARALLEL)."""
+
+    url: str
+    slots: int = 1
+
+
+def ollama_url(text: str) -> str:
+    """The URL that OLLAMA_HOST means, after `envconfig.Host` of Ollama: `host`, `host:port`, `:port`, with or without
+    scheme and path. Without a scheme the port is 11434, with one it is the scheme's. An address that only a listener
+    can use (0.0.0.0, ::) means this machine.
+
+    Raises:
+        UsageError: not an address.
+    """
+    scheme, found, rest = text.strip().strip("\"'").partition("://")
+    if not found:
+        scheme, rest = "http", scheme
+    if scheme not in ("http", "https"):
+        raise UsageError(f"an engine is reached by http or https, not {text!r}")
+    default = OLLAMA_PORT if not found else {"http": 80, "https": 443}[scheme]
+    try:
+        parts = urlsplit(f"{scheme}://{rest}")
+        host, port = parts.hostname or "127.0.0.1", parts.port or default
+    except ValueError:
+        raise UsageError(f"{text!r} is not an engine's address; it should read HOST:PORT or URL") from None
+    if parts.username is not None or parts.query or parts.fragment or not re.fullmatch(r"[\w.:%-]+", host):
+        raise UsageError(f"{text!r} is not an engine's address; it should read HOST:PORT or URL")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
+
+
+def engine_addresses(entries: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[EngineAddress, ...]:
+    """Read `URL[,slots=N]` entries; none means OLLAMA_HOST or http://127.0.0.1:11434.
+
+    Slots default to the OLLAMA_NUM_PARALLEL of this environment, else 1, as in Ollama. A list that came from one
+    string (the environment, a file) was split at its commas: a bare `slots=N` belongs to the engine before it.
+
+    Raises:
+        UsageError: an entry that is no address, slots below 1, or an engine named twice.
+    """
+    default = environment.get("OLLAMA_NUM_PARALLEL", "")
+    slots_default = int(default) if default.isdecimal() and int(default) > 0 else 1
+    slots: dict[str, int] = {}
+    for part in ",".join(entries or (environment.get("OLLAMA_HOST", ""),)).split(","):
+        key, found, value = part.strip().partition("=")
+        if found and key == "slots" and slots:
+            if not value.isdecimal() or int(value) < 1:
+                raise UsageError(f"--ollama: slots must be a whole number from 1, not {value!r}")
+            slots[next(reversed(slots))] = int(value)
+            continue
+        if entries and not part.strip():
+            raise UsageError("--ollama: an engine without an address")
+        url = ollama_url(part)
+        if url in slots:
+            raise UsageError(f"--ollama: the engine {url} is named twice")
+        slots[url] = slots_default
+    return tuple(EngineAddress(url, count) for url, count in slots.items())
+
+
+class WorkerSettings(Settings, frozen=True):
+    """What `weftline worker` can be told. Durations in seconds.
+
+    Attributes:
+        broker: where the broker waits for workers.
+        ollama: engines as `URL[,slots=N]`; none means OLLAMA_HOST or http://127.0.0.1:11434.
+        name: unique in the fleet; of two live workers of one name the newer wins.
+        start_ollama: run `ollama serve` for the first engine if it does not answer.
+        first_byte_s: an engine that says nothing for so long has failed; loading a model may take minutes.
+        silence_s: the same between two pieces of an answer.
+        poll_interval_s: how often an engine is asked for its models.
+        lease_bytes_max: events kept for one request; beyond it the oldest sent ones go, then reading stops.
+        worker_bytes_max: the same for all requests; the oldest finished requests go first.
+        orphan_s: without a broker for so long, requests are cancelled.
+        keep_s: a finished request's events are kept at most so long.
+    """
+
+    section: ClassVar[str] = "worker"
+
+    broker: str = "tcp://127.0.0.1:5571"
+    ollama: tuple[str, ...] = ()
+    name: str = msgspec.field(default_factory=socket.gethostname)
+    start_ollama: bool = False
+    first_byte_s: Positive = 600.0
+    silence_s: Positive = 120.0
+    poll_interval_s: Positive = 2.0
+    lease_bytes_max: Bytes = 32 * 2**20
+    worker_bytes_max: Bytes = 256 * 2**20
+    orphan_s: Positive = 60.0
+    keep_s: Positive = 90.0
