@@ -1,6 +1,6 @@
-"""A fabric of real processes for the length of a block: engine, broker, gateway and worker on loopback ports of their own.
+"""A fabric of real processes for the length of a block: engine, broker, gateway and worker.
 
-Every process binds port 0 and is asked for its address by the line it logs when it listens. All of them end with the
+Every process binds a free loopback port and tells which by the line it logs when it listens. All of them end with the
 block, by their process ids, and by themselves should this process be killed.
 """
 
@@ -162,5 +162,5 @@ async def _part(name: str, *arguments: str) -> AsyncIterator[Part]:
 async def _ready(gateway_url: str) -> None:
     """Wait until the gateway says that a model can be served."""
     async with httpx.AsyncClient(base_url=gateway_url.replace("ws://", "http://"), trust_env=False) as client:
-        while (await client.get("/readyz")).status_code != 200:
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.05)

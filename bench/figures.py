@@ -1,4 +1,4 @@
-"""What runs come to: quantiles, what the fabric adds, tokens per second, CPU per token, memory; and the report. Pure."""
+"""What runs come to: quantiles, what the fabric adds, tokens/s, CPU per token, memory; and the report. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ PROCESSES: Final = ("engine", "worker", "broker", "gateway", "client")
 ADDED_MS_MAX: Final = {"httpx": 1.0, "lean": 1.5}
 """The aim for the first token at p50 with one stream, by the direct client it is measured against."""
 TOKENS_PER_S_MIN: Final = 20_000
-"""The aim at full speed over WebSocket on two cores, engine and load generator included."""
+"""The aim over WebSocket on two cores, engine and load generator included."""
 
 
 class Quantiles(NamedTuple):
@@ -149,7 +149,7 @@ class Aim:
     met: bool
 
 
-def aims(paced: Sequence[Figures], full: Sequence[Figures]) -> list[Aim]:
+def aims(paced: Sequence[Figures], fast: Sequence[Figures]) -> list[Aim]:
     """How the lean WebSocket client's figures stand to the aims."""
     alone = next(f for f in paced if f.client == "websocket" and f.streams == 1)
     found = [
@@ -161,32 +161,34 @@ def aims(paced: Sequence[Figures], full: Sequence[Figures]) -> list[Aim]:
         )
         for direct, bound in ADDED_MS_MAX.items()
     ]
-    fastest = max((f.tokens_per_s for f in full if f.client == "websocket"), key=lambda s: s.median)
-    text = f"tokens/s through one broker and one gateway: at least {TOKENS_PER_S_MIN:,}"
-    return [*found, Aim(text, fastest, TOKENS_PER_S_MIN, fastest.median >= TOKENS_PER_S_MIN)]
+    for f in fast:
+        if f.client == "websocket":
+            text = f"tokens/s, {f.load}, through one broker and one gateway: at least {TOKENS_PER_S_MIN:,}"
+            found.append(Aim(text, f.tokens_per_s, TOKENS_PER_S_MIN, f.tokens_per_s.median >= TOKENS_PER_S_MIN))
+    return found
 
 
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def report(paced: Sequence[Figures], full: Sequence[Figures]) -> str:
+def report(paced: Sequence[Figures], fast: Sequence[Figures]) -> str:
     """All tables and the aims, for people."""
     return "\n\n".join(
         [
-            f"First token and gap between tokens, ms; added: at p50, median (min … max) of the rounds\n{_latencies(paced)}",
-            f"Full speed, median (min … max) of the rounds\n{_speeds(full)}",
-            f"CPU, µs per token\n{_cpu([*paced, *full])}",
-            f"Resident memory, MiB, at its highest\n{_memory([*paced, *full])}",
-            f"Aims\n{_aims(aims(paced, full))}",
+            f"First token and gap between tokens, ms; added at p50, median (min … max) of rounds\n{_latencies(paced)}",
+            f"Throughput, median (min … max) of rounds\n{_speeds(fast)}",
+            f"CPU, µs per token\n{_cpu([*paced, *fast])}",
+            f"Resident memory, MiB, at its highest\n{_memory([*paced, *fast])}",
+            f"Aims\n{_aims(aims(paced, fast))}",
         ]
     )
 
 
 def _latencies(paced: Sequence[Figures]) -> str:
-    head = ("streams", "client", "first p50", "p99", "gap p50", "p99", "added vs httpx", "added vs lean HTTP")
+    head = ("load", "client", "first p50", "p99", "gap p50", "p99", "added vs httpx", "added vs lean HTTP")
     rows = [
         (
-            str(f.streams),
+            f.load,
             CLIENTS[f.client],
             *(f"{ms:.2f}" for q in (f.first_ms, f.gap_ms) for ms in (q.p50, q.p99)),
             *(_spread(f.added_first_ms[direct], "+.2f") if f.added_first_ms else "" for direct in DIRECT),
@@ -196,17 +198,17 @@ def _latencies(paced: Sequence[Figures]) -> str:
     return _table(head, rows)
 
 
-def _speeds(full: Sequence[Figures]) -> str:
-    head = ("streams", "client", "tokens/s", "of httpx", "of lean HTTP")
-    direct = {(f.streams, f.client): f.tokens_per_s.median for f in full}
+def _speeds(fast: Sequence[Figures]) -> str:
+    head = ("load", "client", "tokens/s", "of httpx", "of lean HTTP")
+    direct = {(f.load, f.client): f.tokens_per_s.median for f in fast}
     rows = [
         (
-            str(f.streams),
+            f.load,
             CLIENTS[f.client],
             _spread(f.tokens_per_s, ",.0f"),
-            *(f"{f.tokens_per_s.median / direct[f.streams, other]:.0%}" for other in DIRECT),
+            *(f"{f.tokens_per_s.median / direct[f.load, other]:.0%}" for other in DIRECT),
         )
-        for f in full
+        for f in fast
     ]
     return _table(head, rows)
 
@@ -226,27 +228,29 @@ def _cpu(all_figures: Sequence[Figures]) -> str:
 
 def _memory(all_figures: Sequence[Figures]) -> str:
     highest = {process: max(f.rss_mib[process] for f in all_figures) for process in PROCESSES}
-    return _table(PROCESSES, [tuple(f"{mib:.0f}" for mib in highest.values())])
+    return _table(PROCESSES, [tuple(f"{mib:.0f}" for mib in highest.values())], left=0)
 
 
 def _aims(found: Sequence[Aim]) -> str:
-    return "\n".join(
-        f"  {'met   ' if aim.met else 'MISSED'}  {_spread(aim.figure, ',.0f' if aim.bound >= 100 else '.2f')}  {aim.text}"
+    rows = [
+        ("met" if aim.met else "missed", _spread(aim.figure, ",.0f" if aim.bound >= 100 else ".2f"), aim.text)
         for aim in found
-    )
+    ]
+    return _table(("aim", "figure", ""), rows, left=3)
 
 
 def _spread(values: Spread, form: str) -> str:
     return f"{values.median:{form}} ({values.min:{form}} … {values.max:{form}})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Columns as wide as they need; the first `left` are texts."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            cell.ljust(width) if cell[:1].isalpha() else cell.rjust(width)
-            for cell, width in zip(row, widths, strict=True)
+
+    def line(cells: Sequence[str]) -> str:
+        return "".join(
+            f"  {cell:{'<' if number < left else '>'}{width}}"
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ).rstrip()
-        for row in (head, *rows)
-    )
+
+    return "\n".join(map(line, (head, *rows)))

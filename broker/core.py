@@ -518,6 +518,7 @@ class BrokerCore:
         if request is None:
             return
         if request.phase is Phase.LEASED and message.retryable and message.seq == 0:
+            self._send(Side.WORKER, worker.peer, Cancel(rid=request.rid, attempt=request.attempt, reason="retried"))
             self._retry(request, message, payload, now)
         else:
             self._end(request, message, payload, now)

@@ -17,7 +17,6 @@ import typer
 from weftline_client import (
     AuthenticationError,
     Client,
-    ModelNotFoundError,
     NotConnectedError,
     Result,
     WeftlineError,
@@ -29,7 +28,7 @@ from common import logs
 from common.command import ConfigOption, DataDirOption, JsonOption
 from common.errors import AuthError, ProcessError, UnreachableError, UsageError
 
-_EMBEDDING: Final = re.compile(r"embed|minilm|(^|[/-])(bge|e5|gte)-|paraphrase")
+EMBEDDING: Final = re.compile(r"embed|minilm|(^|[/-])(bge|e5|gte)-|paraphrase")
 """Names of embedding models in Ollama's library: a gateway tells names only."""
 _QUOTE: Final = '"""'
 INTERRUPTED: Final = 130
@@ -98,7 +97,7 @@ def client_arguments(settings: ClientSettings) -> dict[str, Any]:
     """
     from weftline_client.credentials import load_config
 
-    with _key_told(settings.key_file):
+    with key_told(settings.key_file):
         arguments = load_config(settings.key_file)
     if settings.url:
         arguments["server_url"] = settings.url
@@ -115,7 +114,7 @@ def connected(settings: ClientSettings) -> Iterator[Client]:
         ProcessError: a request failed.
     """
     arguments = client_arguments(settings)
-    with _key_told(settings.key_file):
+    with key_told(settings.key_file):
         client = Client(**arguments)
     try:
         with client:
@@ -125,7 +124,8 @@ def connected(settings: ClientSettings) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def _key_told(path: Path) -> Iterator[None]:
+def key_told(path: Path) -> Iterator[None]:
+    """Reading a client's files: what fails becomes an error of the command, as `client_arguments` has it."""
     try:
         yield
     except FileNotFoundError as error:
@@ -153,8 +153,6 @@ def told(error: WeftlineError) -> ProcessError:
                 f"the gateway can't be reached: {error.message}. Start it with `weftline up` or `weftline gateway`, or "
                 "name another with --url."
             )
-        case ModelNotFoundError(models=known) if known:
-            return ProcessError(f"{error.message}. There are: {', '.join(known)}.")
     return ProcessError(f"{error.message} ({error.code})")
 
 
@@ -166,7 +164,7 @@ def default_model(names: Sequence[str]) -> str:
     """
     if not names:
         raise ProcessError("no model can be served now. See `weftline hosts`, or ask `weftline doctor`.")
-    return next((name for name in names if not _EMBEDDING.search(name)), names[0])
+    return next((name for name in names if not EMBEDDING.search(name)), names[0])
 
 
 def parse_options(entries: Sequence[str]) -> dict[str, Any]:

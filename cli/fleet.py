@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 from cli.settings import BrokerOption, ClientSettings
 from common import process, protocol
 from common.command import ConfigOption, JsonOption
+from common.config import host_port
 from common.errors import Code, ProtocolError, UnreachableError
 from common.protocol import Engine, Error, Host, Job, Model, Query, Snapshot, short_name
 from common.transport import Socket
@@ -25,8 +26,9 @@ async def ask(broker: str, what: str, *, timeout_s: float = ANSWER_S) -> Snapsho
 
     Raises:
         UnreachableError: no answer in time, or from something that isn't the broker's port for gateways.
-        ProcessError: the address is none.
+        UsageError: the address is none.
     """
+    host, port = host_port(broker, "--broker")
     answered: asyncio.Future[Snapshot | str] = asyncio.get_running_loop().create_future()
 
     def on_frame(_: bytes, frame: bytes) -> None:
@@ -39,7 +41,7 @@ async def ask(broker: str, what: str, *, timeout_s: float = ANSWER_S) -> Snapsho
 
     socket = Socket("dealer", on_frame)
     try:
-        socket.connect(broker)
+        socket.connect(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
         socket.send(protocol.encode(Query(id=1, what=what)))
         async with asyncio.timeout(timeout_s):
             answer = await answered
@@ -69,10 +71,7 @@ def hosts(
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> int:
-    """List the hosts with their engines, models and free slots.
-
-    A model is followed by its busy and all its slots; * marks those in memory.
-    """
+    """List the hosts with their engines, and for each model the slots that are busy and whether it is in memory."""
     settings = ClientSettings.load({"broker": broker}, config=config)
     found = sorted(run(ask(settings.broker, "hosts")).hosts, key=lambda host: host.name)
     if as_json:
@@ -87,14 +86,14 @@ def hosts(
             _state(host, engine),
             age(host.beat_age_ms),
             engine.kind,
-            engine.url,
+            engine.url.removeprefix("http://"),
             str(sum(host.busy.get(engine.url, {}).values())),
-            ", ".join(_slots(host, engine, model) for model in engine.models) if engine.up else engine.error,
+            "\n".join(_slots(host, engine, model) for model in engine.models) if engine.up else engine.error,
         ]
         for host in found
         for engine in host.engines or (Engine(url="-", kind="-", up=False, error="no engine"),)
     ]
-    print_table(["HOST", "STATE", "SEEN", "ENGINE", "AT", "BUSY", "MODELS"], rows)
+    print_table(["HOST", "STATE", "SEEN", "ENGINE", "AT", "BUSY", "MODELS (BUSY/SLOTS)"], rows)
     return 0
 
 
@@ -116,7 +115,7 @@ def ps(
     rows = [
         [
             job.rid.hex()[:12],
-            f"queued, {job.position}." if job.position else job.state,
+            f"queued #{job.position}" if job.position else job.state,
             age(job.age_ms),
             job.model,
             job.client,
@@ -138,7 +137,7 @@ def _state(host: Host, engine: Engine) -> str:
 
 def _slots(host: Host, engine: Engine, model: Model) -> str:
     busy = host.busy.get(engine.url, {}).get(model.digest, 0)
-    return f"{short_name(model.name)}{'*' if model.resident else ''} {busy}/{model.slots}"
+    return f"{short_name(model.name)} {busy}/{model.slots}{' loaded' if model.resident else ''}"
 
 
 def _host_json(host: Host) -> dict[str, Any]:
@@ -196,7 +195,10 @@ def print_json(value: object) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns on stdout: folded to the terminal's width on one, a line per row for anything that reads them."""
+    """Aligned columns on stdout: folded to the terminal's width on one, a line per row for what else reads them.
+
+    Lines within a cell stay lines on a terminal only.
+    """
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -209,8 +211,9 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             table.add_row(*map(Text, row))
         Console().print(table)
         return
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    for row in (headers, *rows):
+    lines = [headers, *([cell.replace("\n", ", ") for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -128,11 +128,7 @@ class Fabric:
         async with contextlib.AsyncExitStack() as stack:
             watchers = [await stack.enter_async_context(self._running(part)) for part in self._parts]
             say(f"Starting broker, gateway and {count} worker{'s' if count > 1 else ''} …")
-            starting = asyncio.ensure_future(self._ready())
-            await process.until(stop, starting, *watchers)
-            if not stop.is_set():
-                self._greet(starting.result(), description, key)
-                await process.until(stop, *watchers)
+            await process.until(stop, self._greet(stop, description, key), *watchers)
             say("Stopping …")
         say("Stopped.")
         return 0
@@ -248,9 +244,10 @@ class Fabric:
                 await asyncio.sleep(0.1)
         raise ProcessError(f"the fabric was not ready within {READY_S:.0f} s: {reason}. The logs are in {self._logs}")
 
-    def _greet(self, state: dict[str, Any], description: str, key: Path) -> None:
-        command = shlex.quote(os.path.relpath(Path(sys.executable).with_name("weftline")))
-        chat = [command, "chat"]
+    async def _greet(self, stop: asyncio.Event, description: str, key: Path) -> None:
+        """Say that everything is up as soon as it is, then leave the line to `stop`."""
+        state = await self._ready()
+        chat = [weftline_command(), "chat"]
         if self._data_dir != default_data_dir() or "WEFTLINE_DATA_DIR" in os.environ:
             chat += ["--key", shlex.quote(str(key))]
         models = ", ".join(state["models"]) or "none yet; run `ollama pull llama3.2`, it is noticed at once"
@@ -263,6 +260,12 @@ class Fabric:
         say(f"  try it             {' '.join(chat)} 'Why is the sky blue?'")
         say()
         say("Ctrl-C stops everything.")
+        await stop.wait()
+
+
+def weftline_command() -> str:
+    """How to call `weftline` from this folder."""
+    return shlex.quote(os.path.relpath(Path(sys.executable).with_name("weftline")))
 
 
 def local_ollama() -> str:

@@ -463,7 +463,6 @@ class DefendedHttpProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         self._upgraded = True
-        self._request_came()
         super().handle_websocket_upgrade()
 
     # The parser's side

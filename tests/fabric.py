@@ -38,7 +38,7 @@ class Fabric:
     folder: Path
     engines: list[Settings] = field(default_factory=lambda: [Settings()])
     gateway_settings: dict[str, Any] = field(default_factory=dict)
-    broker_settings: dict[str, Any] = field(default_factory=dict)
+    broker_settings: dict[str, Any] = field(default_factory=lambda: {"settle_s": 0.0})
     model: str = "llama2"
     client_id: str = "test-client"
 

@@ -1,7 +1,7 @@
 """The worker process: one DEALER to the broker, one HTTP client per engine, one task per lease.
 
 Everything that needs deciding is decided by `workers.session`; here effects are carried out. The path of a line:
-`_carry` reads it, `Session.feed` appends it, `Session.pump` frames it, `Socket.offer` hands it to libzmq, all in the
+`_feed` reads it, `Session.feed` appends it, `Session.pump` frames it, `Socket.offer` hands it to libzmq, all in the
 turn of the event loop that read it.
 """
 
@@ -59,7 +59,7 @@ async def run(settings: WorkerSettings, stop: asyncio.Event, *, on_registered: C
         agent.socket.connect(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
         log("worker started", name=settings.name, broker=settings.broker, engines=len(backends))
         owned += [group.create_task(backend.watch(agent.engines_changed)) for backend in backends]
-        owned += [group.create_task(agent.tick()), group.create_task(agent.retry())]
+        owned += [group.create_task(agent.tick()), group.create_task(agent.send_rest())]
         await process.until(stop, agent.socket.broken, agent.superseded.wait())
         if agent.superseded.is_set():
             log.warn("a newer process registered under this worker's name: this one ends", name=settings.name)
@@ -124,7 +124,8 @@ class _Agent:
         self._session.set_engines(self._engines())
         self._tasks: dict[Lease, asyncio.Task[None]] = {}
         self._room: dict[Lease, asyncio.Event] = {}
-        self._blocked = asyncio.Event()
+        self._left_over = asyncio.Event()
+        self._turn = 0
         self._rescheduled = asyncio.Event()
         self.superseded = asyncio.Event()
         self.socket = Socket("dealer", self._on_frame, on_batch=self._pump, hwm=HWM)
@@ -154,12 +155,14 @@ class _Agent:
             self._carry_out(self._session.tick(self._now()))
             self._pump()
 
-    async def retry(self) -> None:
-        """Offer again what the socket refused."""
+    async def send_rest(self) -> None:
+        """Send what was left over: in the next turn of the loop, or soon if the socket refused it."""
         while True:
-            await self._blocked.wait()
-            await asyncio.sleep(RETRY_AWAY_S if self._session.registration is None else RETRY_S)
-            self._blocked.clear()
+            await self._left_over.wait()
+            if self._session.blocked:
+                await asyncio.sleep(RETRY_AWAY_S if self._session.registration is None else RETRY_S)
+            self._left_over.clear()
+            self._turn += 1
             self._pump()
 
     def engines_changed(self) -> None:
@@ -181,7 +184,7 @@ class _Agent:
     def _pump(self) -> None:
         self._carry_out(self._session.pump(self.socket.offer, self._now()))
         if self._session.blocked:
-            self._blocked.set()
+            self._left_over.set()
 
     def _carry_out(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -233,11 +236,16 @@ class _Agent:
         self._pump()
 
     async def _feed(self, lease: Lease, response: httpx.Response) -> None:
-        session, now = self._session, self._now
+        session, now, turn = self._session, self._now, -1
         async with pieces(response) as arriving:
             async for data in arriving:
                 go_on = session.feed(lease, data, now())
-                self._pump()
+                # What was read together comes piece by piece without a pause: the first leaves at once, the rest of
+                # this turn in one chunk.
+                if turn != self._turn:
+                    turn = self._turn
+                    self._pump()
+                    self._left_over.set()
                 if not go_on:
                     return
                 if lease.paused:

@@ -36,7 +36,7 @@ A lease's states, moved by `_move` only:
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice, takewhile
@@ -251,10 +251,6 @@ class Session:
         self._beat_due = False
         self._beat_at = now + HEARTBEAT_INTERVAL_S
         self._leaving = False
-
-    @property
-    def leases(self) -> Iterable[Lease]:
-        return self._leases.values()
 
     # The broker's messages --------------------------------------------------------------------------------------------
 

@@ -130,14 +130,18 @@ async def test_python_unknown_model(client: Any, fabric: Fabric) -> None:
 
 
 async def test_python_stop(client: Any, fabric: Fabric) -> None:
-    async def stop(_: dict[str, Any]) -> None:
-        client.off("stream_token", stop)
-        (request_id,) = client.active_requests
-        await client.stop(request_id)
+    stopping: list[str] = []
+
+    async def stop(message: dict[str, Any]) -> None:
+        if not stopping:
+            stopping.append(message["id"])
+            assert list(client.active_requests) == stopping
+            await client.stop(message["id"])
 
     client.on("stream_token", stop)
     result = await client.generate(PROMPT, fabric.model, {"max_tokens": STOPPED_BEFORE})
     assert result["total_tokens"] < STOPPED_BEFORE
+    assert stopping
     assert await client.stop("never-heard-of") is None
     assert (await client.generate(PROMPT, fabric.model, SHORT))["text"]
 

@@ -329,14 +329,60 @@ async def test_a_stream_over_http_that_is_never_read_is_cut() -> None:
         await served.emptied()
 
 
+async def fill(served: Served, send: Any) -> None:
+    """Send until something waits in the transport, less than would pause writing."""
+    protocol = await served.websocket()
+    while protocol._out.get_write_buffer_size() == 0:
+        await send({"type": "websocket.send", "bytes": bytes(1000)})
+    assert protocol.writable.is_set()
+
+
 async def test_a_close_that_the_peer_does_not_read_ends() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "websocket.accept"})
-        await send({"type": "websocket.send", "bytes": bytes(1_000_000)})
+        await fill(served, send)
 
     async with serving(app, stall_s=0.2) as served, peer(served, buffer=4096):
         await served.emptied()
+
+
+async def test_a_server_can_shut_down_while_a_close_is_under_way() -> None:
+    filled = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await fill(served, send)
+        filled.set()
+        assert (await receive())["code"] == 1000
+
+    async with serving(app) as served, peer(served, buffer=4096) as client:
+        protocol = await served.websocket()
+        await filled.wait()
+        await client.send(frame(CLOSE, b"\x03\xe8"))
+        await until(protocol.transport.is_closing)
+        protocol.shutdown()
+        await client.read_all()
+        await served.emptied()
+
+
+async def test_sending_after_a_failure_says_that_the_peer_has_gone() -> None:
+    raised: asyncio.Future[type[BaseException]] = asyncio.get_running_loop().create_future()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await fill(served, send)
+        await receive()
+        try:
+            await send({"type": "websocket.send", "text": "late"})
+        except OSError as error:
+            raised.set_result(type(error))
+
+    async with serving(app) as served, peer(served, buffer=4096) as client:
+        await client.send(frame(TEXT, b"\xff"))
+        assert (await raised).__name__ == "ClientDisconnected"
 
 
 # Floods
@@ -421,9 +467,8 @@ async def test_a_closing_application_still_sees_the_peers_close_behind_unread_me
 
     async with serving(app) as served, peer(served) as client:
         (await served.websocket()).close_timeout = PATIENT
-        await client.send(frame(TEXT, b"hello") * 1000)
+        await client.send(frame(TEXT, b"hello") * 1000, frame(CLOSE, b"\x03\xe8"))
         assert close_code(await client.read_frame()) == 1008
-        await client.send(frame(CLOSE, b"\x03\xf0"))
         await served.emptied()
 
 
@@ -508,6 +553,29 @@ async def test_an_idle_peer_with_pongs_outlives_the_bounds_of_a_request() -> Non
         assert await app.messages.get() == "still here"
 
 
+async def test_a_pong_the_application_keeps_waiting_is_not_missed() -> None:
+    read = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await read.wait()
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+
+    async with serving(app, ping_timeout_s=PATIENT) as served, peer(served) as client:
+        protocol = await served.websocket()
+        protocol.send_keepalive_ping()
+        _, data = await client.read_frame()
+        await client.send(frame(TEXT, b"busy") * 10_000, frame(PONG, data))
+        await until(lambda: protocol.read_paused)
+        for _ in range(3):
+            protocol.keepalive_timeout()
+            assert not protocol.transport.is_closing()
+        read.set()
+        await until(lambda: protocol.pong_timer is None)
+
+
 async def test_a_missing_pong_behind_a_long_message_is_waited_for() -> None:
     app = Recorder()
     async with serving(app, ping_timeout_s=PATIENT) as served, peer(served) as client:
@@ -571,6 +639,25 @@ async def test_a_slow_upload_is_kept_while_its_bytes_come() -> None:
         assert protocol.transport.is_closing()
 
 
+async def test_an_upload_the_application_is_slow_to_take_is_kept() -> None:
+    go = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await go.wait()
+        await ok(scope, receive, send)
+
+    async with serving(slow) as served, peer(served, upgraded=False) as client:
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+        sending = asyncio.create_task(client.send(head, bytes(1_000_000)))
+        protocol = await served.http()
+        await until(lambda: protocol.flow and protocol.flow.read_paused)
+        protocol._since -= 1000 * PATIENT
+        protocol._overdue()
+        go.set()
+        await sending
+        assert (await client.read()).startswith(b"HTTP/1.1 200 OK")
+
+
 async def test_a_body_after_its_answer_is_not_read_for_ever() -> None:
     async def refuse(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
@@ -598,6 +685,7 @@ async def test_a_long_answer_is_not_a_long_request() -> None:
         await until(lambda: protocol._timer is None)
         await client.send(b"\r\n")
         await until(lambda: protocol._timer is not None)
+        protocol._since -= 2 * PATIENT
         protocol._overdue()
         finish.set()
         assert (await client.read()).startswith(b"HTTP/1.1 200 OK")

@@ -111,7 +111,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.models = [{"name": "m:latest", "digest": "d1", "size": 5, "details": {"family": "llama"}}]
-        self.script: Callable[["Call"], Awaitable[None]] = stream(token(0), FINAL)
+        self.script: Callable[[Call], Awaitable[None]] = stream(token(0), FINAL)
         self.calls: list[Call] = []
         self.port = 0
         self._server: asyncio.Server | None = None

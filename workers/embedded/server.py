@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 VERSION: Final = "0.24.0"
 """The version of Ollama whose API is spoken, which clients compare."""
 BODY_BYTES_MAX: Final = 64 << 20
+SHUTDOWN_TIMEOUT_S: Final = 5.0
 _JSON: Final = "application/json; charset=utf-8"
 
 
@@ -415,7 +416,7 @@ class _Shape:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn on a socket that is already bound, without its signal handlers."""
+    """uvicorn on a socket that is already bound, without its signal handlers, its polling and its patience."""
 
     def __init__(self, backend: Backend, listener: socket.socket) -> None:
         config = uvicorn.Config(
@@ -426,25 +427,42 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=5,
         )
         super().__init__(config)
         self._listener = listener
-        self.ready = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        self.ready = asyncio.Event()
+
+    def stop(self) -> None:
+        self._stop.set()
 
     async def run_until_stopped(self) -> None:
-        await self._serve([self._listener])
+        try:
+            await self._serve([self._listener])
+        finally:
+            self._listener.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.ready.set_result(None)
+        self.ready.set()
+
+    async def main_loop(self) -> None:
+        while not self._stop.is_set():
+            await self.on_tick(0)  # the Date header
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._stop.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
         # Running answers are cut: to the handlers it is as if every client had left.
         for connection in list(self.server_state.connections):
             if connection.transport:
                 connection.transport.abort()
-        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=SHUTDOWN_TIMEOUT_S)
+        await self.lifespan.shutdown()
 
 
 def bind(listen: str) -> tuple[socket.socket, str]:
@@ -469,12 +487,13 @@ async def running(backend: Backend, listen: str = "127.0.0.1:0") -> AsyncIterato
     listener, url = bind(listen)
     server = _Server(backend, listener)
     async with asyncio.TaskGroup() as group:
-        group.create_task(server.run_until_stopped(), name=f"engine {url}")
-        await server.ready
+        serving = group.create_task(server.run_until_stopped(), name=f"engine {url}")
         try:
+            await server.ready.wait()
             yield url
         finally:
-            server.should_exit = True
+            server.stop()
+            await serving
 
 
 async def serve(

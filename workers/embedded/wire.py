@@ -74,7 +74,7 @@ def expiry(now_ns: int, keep_alive_s: float) -> str:
 
 # -- model names ------------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"(?:[\w.-]+(?::\d+)?/)?(?:[\w-][\w.-]*/)?[\w][\w.-]*(?::[\w][\w.-]*)?", re.ASCII)
+_NAME = re.compile(r"(?:\w[\w.-]*(?::\d+)?/)?(?:[\w-][\w.-]*/)?[\w][\w.-]*(?::[\w][\w.-]*)?", re.ASCII)
 
 
 def full_name(name: str) -> str:

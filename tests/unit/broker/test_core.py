@@ -381,7 +381,17 @@ def test_every_attempt_gets_the_body(h: Harness) -> None:
     first = h.request(rid).attempt
     assert h.payloads(b"w1") == [b"again"]
     h.failed(rid, first, retryable=True)
-    assert h.payloads(b"w1") == [b"again"]
+    assert h.payloads(b"w1") == [b"", b"again"]
+
+
+def test_the_buffer_of_an_attempt_that_is_tried_again_is_let_go_first(h: Harness) -> None:
+    rid = h.submit("r1")
+    first = h.assigned()
+    h.failed(rid, first.attempt, retryable=True)
+    assert [(type(message), message.attempt) for message in h.sent(b"w1")] == [
+        (Cancel, first.attempt),
+        (Assign, attempt_of(2, NONCE)),
+    ]
 
 
 @pytest.mark.parametrize("failure", [{"retryable": False}, {"retryable": True, "seq": 2}])

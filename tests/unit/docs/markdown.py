@@ -1,4 +1,4 @@
-"""What the tests of the documentation read out of Markdown: sections, tables and fenced blocks, in their plainest form."""
+"""What the tests of the documentation read out of Markdown: sections, tables and fenced blocks, plain ones."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,19 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 def sections(text: str, level: int) -> dict[str, str]:
     """The bodies under the headings of `level`, by heading; a body ends at the next heading of that level or above."""
-    parts = re.split(rf"^(#{{1,{level}}}) (.+)$", text, flags=re.MULTILINE)
-    triples = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
-    return {heading.strip("`[] "): body for marks, heading, body in triples if len(marks) == level}
+    found: dict[str, list[str]] = {}
+    body: list[str] = []
+    fenced = False
+    for line in text.splitlines(keepends=True):
+        fenced ^= line.startswith("```")
+        marks, _, heading = line.partition(" ")
+        if not fenced and marks and len(marks) <= level and not marks.strip("#"):
+            body = []
+            if len(marks) == level:
+                found[heading.strip("`[] \n")] = body
+        else:
+            body.append(line)
+    return {heading: "".join(lines) for heading, lines in found.items()}
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:

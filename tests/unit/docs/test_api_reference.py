@@ -7,7 +7,6 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
-from typing import Any
 
 import msgspec
 import pytest
@@ -16,7 +15,6 @@ from msgspec import inspect
 from broker.core import POSITIONS_INTERVAL_S
 from broker.settings import BrokerSettings
 from common import protocol
-from common.config import Settings
 from common.errors import Code
 from gateway import auth, messages, websocket
 from gateway.protocols import Limits
@@ -79,15 +77,15 @@ def bounds(kind: inspect.Type) -> str:
         case inspect.IntType(gt=int(low), le=int(high)):
             return f"{low + 1} to {high}"
         case inspect.UnionType(types=types):
-            return next((said for one in types if (said := bounds(one)) != "–"), "–")
-    return "–"
+            return next((said for one in types if (said := bounds(one)) != "-"), "-")
+    return "-"
 
 
 def default(field: inspect.Field) -> str:
     if field.default_factory is not msgspec.NODEFAULT:
         return f"`{msgspec.json.encode(field.default_factory()).decode()}`"
     absent = field.default is msgspec.NODEFAULT or field.default is None
-    return "–" if absent else f"`{msgspec.json.encode(field.default).decode()}`"
+    return "-" if absent else f"`{msgspec.json.encode(field.default).decode()}`"
 
 
 def flattened(kind: inspect.StructType, prefix: str = "") -> dict[str, inspect.Field]:
@@ -108,10 +106,6 @@ def rows(section: str, *columns: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def keys(message: dict[str, Any], prefix: str = "") -> set[str]:
-    return {prefix + key for key in message if key != "type"}
-
-
 def test_there_is_a_section_for_every_message_and_no_other() -> None:
     assert list(FROM_CLIENT) == list(CLIENT)
     assert list(FROM_SERVER) == list(SERVER)
@@ -122,7 +116,6 @@ def test_there_is_a_section_for_every_message_and_no_other() -> None:
 def test_a_clients_message_is_described_as_it_is(name: str) -> None:
     fields = flattened(CLIENT[name])
     listed = rows(FROM_CLIENT[name], "Type", "Required", "Default", "Bounds")
-    assert list(listed) == [*sorted(listed, key=list(listed).index)]
     assert listed.keys() == fields.keys()
     for key, field in fields.items():
         said = {column: listed[key][column] for column in ("Type", "Required", "Default", "Bounds")}
@@ -157,7 +150,7 @@ def test_a_clients_examples_are_understood_in_both_encodings(name: str) -> None:
         assert message.__struct_config__.tag == name
         plain = msgspec.json.decode(example)
         assert messages.MSGPACK.decode(msgspec.msgpack.encode(plain)) == message
-        assert keys(plain) <= flattened(CLIENT[name]).keys()
+        assert plain.keys() - {"type"} <= {field.encode_name for field in CLIENT[name].fields}
 
 
 @pytest.mark.parametrize("name", SERVER)
@@ -165,7 +158,14 @@ def test_a_servers_examples_are_what_it_would_send(name: str) -> None:
     examples = markdown.blocks(FROM_SERVER[name], "json")
     assert examples
     for example in examples:
-        message = msgspec.json.decode(example, type=messages.ServerMessage)
+        plain = msgspec.json.decode(example)
+        # msgspec takes no value for `Raw | None`, which is only ever sent.
+        raw = {
+            field.name: msgspec.Raw(msgspec.json.encode(plain.pop(field.encode_name)))
+            for field in SERVER[name].fields
+            if wording(field.type) == "array of object" and field.encode_name in plain
+        }
+        message = msgspec.structs.replace(msgspec.convert(plain, messages.ServerMessage), **raw)
         assert message.__struct_config__.tag == name
         assert msgspec.json.decode(messages.JSON.encode(message)) == msgspec.json.decode(example)
 
@@ -205,7 +205,7 @@ UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
 
 
 def test_the_limits_are_those_of_the_settings() -> None:
-    sections: dict[str, type[Settings]] = {
+    sections: dict[str, type[BrokerSettings | GatewaySettings | WorkerSettings]] = {
         cls.section: cls for cls in (BrokerSettings, GatewaySettings, WorkerSettings)
     }
     named: set[tuple[str, str]] = set()
@@ -261,18 +261,3 @@ def test_what_the_openssl_example_signs_is_accepted_by_the_gateway(tmp_path: Pat
     assert challenge
     assert auth.verify(client, "SHA256", signature, challenge[1])
     assert not auth.verify(client, "SHA256", signature, challenge[1] + "\n")
-
-
-def test_links_within_the_documentation_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *markdown.DOCS.glob("*.md")):
-        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        for link in re.findall(r"\]\(([^)]+)\)", text):
-            if re.match(r"https?://", link):
-                continue
-            name, _, anchor = link.partition("#")
-            target = (page.parent / name).resolve() if name else page
-            assert target.exists(), f"{page.name}: {link}"
-            if anchor:
-                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
-                anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-                assert anchor in anchors, f"{page.name}: {link}"

@@ -12,8 +12,8 @@ SEEDS = st.integers(0, 2**31)
 
 def test_the_words_never_change() -> None:
     # Offline checkers and stored results depend on them.
-    assert transcript("Why is the sky blue?", 0, 5) == " tozir vobin stemel vevel stagar"
-    assert token("Why is the sky blue?", 7, 0) == " dapal"
+    assert transcript("Why is the sky blue?", 0, 5) == " sistal sokal mosar raran pomar"
+    assert token("Why is the sky blue?", 7, 0) == " razar"
 
 
 @given(PROMPTS, SEEDS, st.integers(0, 40))

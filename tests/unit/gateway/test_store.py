@@ -133,6 +133,26 @@ def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
     assert f"{FILE_NAME}-wal" in modes
 
 
+def test_a_lock_at_the_change_to_wal_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as other:
+        other.execute("CREATE TABLE other (x)")
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM other")
+        waits: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 3:
+                other.execute("COMMIT")
+
+        monkeypatch.setattr("gateway.store.BUSY_S", 0.05)
+        monkeypatch.setattr("gateway.store.time.monotonic", lambda: 0.0)
+        monkeypatch.setattr("gateway.store.time.sleep", sleep)
+        with contextlib.closing(Store.open(tmp_path)) as opened:
+            assert opened.list() == []
+        assert len(waits) == 3
+
+
 OPEN_AND_ADD = """
 import contextlib, sys
 from pathlib import Path
