@@ -259,7 +259,7 @@ class BrokerCore:
             self._refuse_type(event)
         elif gateway is not None:
             gateway.seen = now
-            if not gateway.reachable:
+            if not gateway.reachable and not isinstance(message, Bye):
                 self._send(Side.GATEWAY, event.peer, Who())
             handler(gateway, message, event.payload, now)
         elif not isinstance(message, Bye):
@@ -433,7 +433,7 @@ class BrokerCore:
         worker = self.state.workers_by_peer.get(event.peer)
         if worker is not None:
             worker.seen = now
-            if not worker.reachable:
+            if not worker.reachable and not isinstance(message, Bye):
                 self._send(Side.WORKER, event.peer, Who())
             self._from_worker[type(message)](worker, message, event.payload, now)
         elif not isinstance(message, Bye):

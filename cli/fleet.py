@@ -21,7 +21,7 @@ ANSWER_S: Final = 2.0
 T = TypeVar("T")
 
 
-async def ask(broker: str, what: str, *, timeout_s: float = ANSWER_S) -> Snapshot:
+async def ask(broker: str, what: str) -> Snapshot:
     """The broker's answer to one `query`; nothing is registered there.
 
     Raises:
@@ -43,7 +43,7 @@ async def ask(broker: str, what: str, *, timeout_s: float = ANSWER_S) -> Snapsho
     try:
         socket.connect(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
         socket.send(protocol.encode(Query(id=1, what=what)))
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(ANSWER_S):
             answer = await answered
     except TimeoutError:
         raise UnreachableError(

@@ -25,7 +25,7 @@ def worker(
     start_ollama: Annotated[
         bool | None, typer.Option("--start-ollama", help="Run `ollama serve` if the first engine does not answer.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file with a [worker] section.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; its section `worker` is read.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
 ) -> None:

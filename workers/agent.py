@@ -199,7 +199,8 @@ class _Agent:
                     if lease in self._tasks:
                         self._tasks[lease].cancel()
                 case Resume(lease):
-                    self._room[lease].set()
+                    if lease in self._room:  # else its task did not come to wait
+                        self._room[lease].set()
                 case Joined(registration):
                     log("registered with the broker", registration=registration)
                     if self._on_registered is not None:

@@ -56,7 +56,7 @@ async def test_a_stream_ends_with_all_counts_and_durations() -> None:
         assert len(text) > 10
         assert (final["done"], final["done_reason"]) == (True, "stop")
         assert final["eval_count"] >= len(chunks) > 3
-        assert final["prompt_eval_count"] == 3
+        assert final["prompt_eval_count"] == 4
         for name in ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration"):
             assert final[name] > 0
         assert len(final["context"]) >= final["prompt_eval_count"] + len(chunks)
@@ -100,13 +100,9 @@ async def test_a_chat_is_its_rendered_prompt_and_can_be_continued_raw() -> None:
 
 async def test_json_and_schemas_constrain_the_answer() -> None:
     async with engine() as client:
-        schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
-        assert json.loads((await ask(client, prompt="dog", format=schema))["response"])["n"] in (1, 2)
+        answer = await ask(client, prompt="dog", format={"enum": ["yes", "no"]})
+        assert json.loads(answer["response"]) in ("yes", "no")
         assert (await ask(client, prompt="dog", format="json", options={"num_predict": 1}))["response"][0] == "{"
-        refused = await client.post(
-            "/api/generate", json={"model": "tiny", "prompt": "x", "format": {"type": "zork", "pattern": "("}}
-        )
-        assert refused.status_code in (200, 400)
 
 
 async def test_log_probabilities() -> None:
@@ -117,7 +113,7 @@ async def test_log_probabilities() -> None:
         (entry,) = first["logprobs"]
         assert entry["token"] == first["response"]
         assert entry["bytes"] == list(first["response"].encode())
-        assert [top["token"] for top in entry["top_logprobs"]][0] == entry["token"]
+        assert entry["top_logprobs"][0]["token"] == entry["token"]
         assert entry["logprob"] <= 0
 
 

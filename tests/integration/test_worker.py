@@ -524,6 +524,15 @@ async def test_a_broker_that_takes_nothing_stops_the_engine_at_the_bound(line: L
     assert end.seq == len(lines) + 1
 
 
+async def test_a_line_beyond_the_bound_passes(line: Line) -> None:
+    long = b'{"response":"%b"}\n' % (b"x" * 2**20)
+    line.engine.script = stream(long, long, FINAL)
+    await line.start(lease_bytes_max=2**16)
+    line.broker.assign(line.engine.url)
+    await line.broker.get(Started)
+    assert (await line.broker.events())[0] == [long, long, FINAL]
+
+
 async def test_garbage_from_the_broker_is_answered(line: Line) -> None:
     await line.start()
     line.broker.socket.send(b"\0\0\0\1garbage", line.broker.peer)

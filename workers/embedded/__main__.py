@@ -72,6 +72,8 @@ def engine(
                 stop,
                 on_ready=lambda url: print(f"engine listening on {url} ({backend.label})", file=sys.stderr, flush=True),
             )
+        except ValueError as error:
+            raise UsageError(f"--listen: {error}") from None
         except OSError as error:
             raise ProcessError(f"cannot listen on {listen}: {error.strerror or error}") from None
         return 0

@@ -415,59 +415,14 @@ class _Shape:
 # -- the server -------------------------------------------------------------------------------------------------------
 
 
-class _Server(uvicorn.Server):
-    """uvicorn on a socket that is already bound, without its signal handlers, its polling and its patience."""
-
-    def __init__(self, backend: Backend, listener: socket.socket) -> None:
-        config = uvicorn.Config(
-            create_app(backend),
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-        )
-        super().__init__(config)
-        self._listener = listener
-        self._stop = asyncio.Event()
-        self.ready = asyncio.Event()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    async def run_until_stopped(self) -> None:
-        try:
-            await self._serve([self._listener])
-        finally:
-            self._listener.close()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set()
-
-    async def main_loop(self) -> None:
-        while not self._stop.is_set():
-            await self.on_tick(0)  # the Date header
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    await self._stop.wait()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for server in self.servers:
-            server.close()
-        # Running answers are cut: to the handlers it is as if every client had left.
-        for connection in list(self.server_state.connections):
-            if connection.transport:
-                connection.transport.abort()
-        if self.server_state.tasks:
-            await asyncio.wait(self.server_state.tasks, timeout=SHUTDOWN_TIMEOUT_S)
-        await self.lifespan.shutdown()
-
-
 def bind(listen: str) -> tuple[socket.socket, str]:
-    """A listening socket for HOST:PORT (port 0 picks one) and the URL it is reached at; OSError when it is taken."""
+    """A listening socket for HOST:PORT (port 0 picks one) and the URL it is reached at.
+
+    ValueError when `listen` is no such thing, OSError when it is taken.
+    """
     host, _, port = listen.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{listen} is not HOST:PORT")
     host = host.strip("[]") or "127.0.0.1"
     family, kind, proto, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, proto)
@@ -483,17 +438,40 @@ def bind(listen: str) -> tuple[socket.socket, str]:
 
 @contextlib.asynccontextmanager
 async def running(backend: Backend, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
-    """Serve `backend` in this event loop for the length of the block; yields its URL."""
+    """Serve `backend` in this event loop for the length of the block; yields its URL. Errors are those of `bind`."""
     listener, url = bind(listen)
-    server = _Server(backend, listener)
-    async with asyncio.TaskGroup() as group:
-        serving = group.create_task(server.run_until_stopped(), name=f"engine {url}")
+    with contextlib.closing(listener):
+        config = uvicorn.Config(
+            create_app(backend),
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+        )
+        config.load()
+        # The steps of uvicorn's own `serve`, less its signal handlers and its polling for the end.
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup(sockets=[listener])
         try:
-            await server.ready.wait()
             yield url
         finally:
-            server.stop()
-            await serving
+            await _shut_down(server)
+
+
+async def _shut_down(server: uvicorn.Server) -> None:
+    for listening in server.servers:
+        listening.close()
+    # Running answers are cut: to the handlers it is as if every client had left.
+    for connection in list(server.server_state.connections):
+        if connection.transport:
+            connection.transport.abort()
+    if server.server_state.tasks:
+        await asyncio.wait(server.server_state.tasks, timeout=SHUTDOWN_TIMEOUT_S)
+    await server.lifespan.shutdown()
 
 
 async def serve(

@@ -60,11 +60,19 @@ class LoopThread:
             raise RuntimeError(
                 "the synchronous client cannot be called from its own callbacks: it would wait for itself"
             )
-        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        task: asyncio.Task[Any] | None = None
+
+        async def call() -> T:
+            nonlocal task
+            task = asyncio.current_task()
+            return await coroutine
+
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(call(), loop).result()
         finally:
-            future.cancel()
+            # By the task, not the future: an interrupt may come before the future is in our hands.
+            if task is not None and not task.done():
+                self.call_soon(task.cancel)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Run a function on the loop without waiting; nothing if the loop is not running."""

@@ -26,6 +26,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
     from types import TracebackType
 
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -74,7 +75,8 @@ class Line:
 class FakeGateway:
     """Clients are public keys by client id. `url` is known once it is entered."""
 
-    def __init__(self, clients: dict[str, RSAPublicKey | Ed25519PublicKey]) -> None:
+    def __init__(self, clients: dict[str, RSAPublicKey | Ed25519PublicKey], ssl: SSLContext | None = None) -> None:
+        self.ssl = ssl
         self.clients = clients
         self.lines: list[Line] = []
         self.received: list[Message] = []
@@ -97,8 +99,9 @@ class FakeGateway:
             subprotocols=[Subprotocol("weftline.msgpack")],
             select_subprotocol=lambda _, offered: offered[0] if offered else None,
             close_timeout=1,
+            ssl=self.ssl,
         )
-        self.url = f"ws://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self.url = f"{'wss' if self.ssl else 'ws'}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(

@@ -6,13 +6,21 @@ import asyncio
 import json
 import logging
 import random
+import ssl
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1
+from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as generate_curve_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from weftline_client import (
     AsyncClient,
     AuthenticationError,
@@ -321,6 +329,9 @@ def test_bad_settings(pem: str, tmp_path: Path) -> None:
         AsyncClient(client_id="me")
     with pytest.raises(ValueError, match="Failed to load private key"):
         AsyncClient(client_id="me", private_key="no key")
+    curve = generate_curve_key(SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with pytest.raises(ValueError, match="neither RSA nor Ed25519"):
+        AsyncClient(client_id="me", private_key=curve)
     with pytest.raises(ValueError, match="signature_algorithm"):
         AsyncClient(client_id="me", private_key=pem, signature_algorithm="MD5")
     with pytest.raises(ValueError, match="encoding"):
@@ -597,6 +608,28 @@ async def test_a_server_that_says_nothing(settings: Message, monkeypatch: pytest
     monkeypatch.setattr(FakeGateway, "_authenticate", say_nothing)
     with pytest.raises(NotConnectedError, match="no answer"):
         await AsyncClient(**settings, connect_timeout_s=0.05).connect()
+
+
+async def test_tls_with_a_certificate_of_ones_own(rsa_key: RSAPrivateKey, settings: Message, tmp_path: Path) -> None:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gateway")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, rsa_key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(rsa_key, SHA256())
+    )
+    chain = tmp_path / "gateway.pem"
+    chain.write_bytes(settings["private_key"].encode() + certificate.public_bytes(Encoding.PEM))
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(chain)
+    async with FakeGateway({"me": rsa_key.public_key()}, server_side) as gateway:
+        arguments = settings | {"server_url": gateway.url.replace("wss", "https")}
+        async with AsyncClient(**arguments, ssl=ssl.create_default_context(cafile=chain)) as client:
+            assert (await client.generate("in private")).text == "in private"
+        with pytest.raises(NotConnectedError, match="certificate verify failed"):
+            await AsyncClient(**arguments).connect()
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------

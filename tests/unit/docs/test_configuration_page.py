@@ -110,7 +110,9 @@ def test_the_flags_of_the_engine_are_listed() -> None:
     flags = {option.opts[0]: option for option in options(engine).values() if option.name != "help"}
     assert rows.keys() == flags.keys()
     for flag, option in flags.items():
-        assert rows[flag]["Default"] == ("-" if option.default in (None, False) else f"`{option.default}`"), flag
+        assert rows[flag]["Default"] == (
+            "-" if option.default is None or option.default is False else f"`{option.default}`"
+        ), flag
 
 
 def test_the_exit_statuses_are_listed() -> None:
