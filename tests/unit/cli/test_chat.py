@@ -352,6 +352,14 @@ async def _gone(gateway: FakeGateway) -> None:
     await gateway.lines[-1].socket.wait_closed()
 
 
+_COMMAND = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal that Ctrl-C comes from
+from cli.main import main
+sys.exit(main())
+"""
+
+
 class _Terminal:
     """A command on a terminal of 80 columns. Waiting for text that never comes fails after `PATIENCE_S`."""
 
@@ -365,14 +373,12 @@ class _Terminal:
         environment = os.environ | {"TERM": "dumb", "COLUMNS": "80"}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cli.main", *arguments],
+                [sys.executable, "-c", _COMMAND, *arguments],
                 stdin=child,
                 stdout=child,
                 stderr=child,
                 env=environment,
-                # Its own session, with the terminal as the one that Ctrl-C comes from.
                 start_new_session=True,
-                preexec_fn=_control_terminal,
             )
         finally:
             os.close(child)
@@ -404,10 +410,3 @@ class _Terminal:
         """Type the last thing; the exit status."""
         self.write(text)
         return self._process.wait(self.PATIENCE_S)
-
-
-def _control_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
