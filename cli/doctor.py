@@ -411,7 +411,7 @@ async def probe(url: str, told_slots: dict[str, int]) -> Check:
             finding = f"{url} cannot load {model}: {load.text.strip()[:200]}"
             return Check("engine", Status.FAIL, finding, "See the engine's log; is there memory enough?")
         streams = await asyncio.gather(*(_stream(client, model, number) for number in range(1, STREAMS + 1)))
-    return _verdict(f"{url} (version {version})", model, at_once(streams), told_slots.get(full_name(model)))
+    return verdict(f"{url} (version {version})", model, at_once(streams), told_slots.get(full_name(model)))
 
 
 async def _get(client: httpx.AsyncClient, path: str) -> Any:
@@ -448,7 +448,8 @@ def at_once(streams: Sequence[Sequence[float]]) -> int | None:
     return max(sum(first <= start < half for first, half in spans) for start, _ in spans)
 
 
-def _verdict(engine: str, model: str, measured: int | None, slots: int | None) -> Check:
+def verdict(engine: str, model: str, measured: int | None, slots: int | None) -> Check:
+    """What to make of it; `slots` is what the engine's worker was told, None if that isn't known."""
     if measured is None:
         return Check("engine", Status.WARN, f"{engine} answers, but too briefly to see what {model} does in parallel")
     least = "at least " if measured == STREAMS else ""

@@ -77,7 +77,7 @@ def up(
         config=config,
     )
     logs.setup(level="warning")
-    return process.run(lambda stop: Fabric(settings).run(stop))
+    return process.run(lambda stop: Fabric(settings, config).run(stop))
 
 
 def say(text: str = "") -> None:
@@ -99,8 +99,11 @@ class Part:
 class Fabric:
     """Starts the parts, watches them, stops them."""
 
-    def __init__(self, settings: UpSettings) -> None:
+    def __init__(self, settings: UpSettings, config: Path | None) -> None:
         self._settings = settings
+        # One file serves every part; the engine has no settings but its flags.
+        self._shared = ["--log-level", settings.log_level, "--log-format", settings.log_format]
+        self._config = ["--config", str(config)] if config else []
         self._data_dir = writable_dir(settings.data_dir or default_data_dir())
         self._logs = writable_dir(self._data_dir / "logs")
         self._url = f"http://127.0.0.1:{settings.port}"
@@ -180,7 +183,9 @@ class Fabric:
     # Parts ------------------------------------------------------------------------------------------------------------
 
     def _add(self, name: str, module: str, *arguments: str) -> None:
-        self._parts.append(Part(name, ["-m", module, *arguments], self._logs / f"{name}.log"))
+        config = [] if module == "workers.embedded" else self._config
+        words = ["-m", module, *arguments, *self._shared, *config]
+        self._parts.append(Part(name, words, self._logs / f"{name}.log"))
 
     @contextlib.asynccontextmanager
     async def _running(self, part: Part) -> AsyncIterator[asyncio.Task[None]]:

@@ -21,12 +21,13 @@ from gateway.auth import Authenticator
 from gateway.metrics import Metrics
 from gateway.protocols import Limits, listener, protocols
 from gateway.settings import GatewaySettings
-from gateway.store import Store
+from gateway.store import Store, StoreError
 from gateway.upstream import Upstream
 from gateway.websocket import Connection, Services
 
 log = Log("gateway")
 
+REVOCATIONS_S = 1.0
 STOP_S = 5.0
 """How long connections get to hear that the gateway ends."""
 
@@ -51,6 +52,23 @@ class Gateway:
             ],
             middleware=[Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET"])],
         )
+
+    async def watch_revocations(self, store: Store) -> None:
+        """Send revoked clients away, REVOCATIONS_S after the fact at most. An unreadable registry is asked again."""
+        change = 0
+        while True:
+            try:
+                changed = await asyncio.to_thread(store.changed_since, change)
+            except StoreError as error:
+                log.warn("client registry unreadable", reason=str(error))
+                changed = []
+            if changed:
+                change = changed[-1].change
+            revoked = {client.id for client in changed if client.revoked}
+            for connection in list(self._connections) if revoked else ():
+                if connection.client in revoked:
+                    connection.revoke()
+            await asyncio.sleep(REVOCATIONS_S)
 
     async def dismiss(self) -> None:
         """Send every client away, and wait a moment for them to go."""
@@ -167,7 +185,9 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
             log("listening", url=f"ws://{actual}", broker=settings.broker)
             if on_ready is not None:
                 on_ready(f"http://{actual}")
-            await until(stop, upstream.run(), upstream.broken(), asyncio.shield(serving))
+            await until(
+                stop, upstream.run(), upstream.broken(), gateway.watch_revocations(store), asyncio.shield(serving)
+            )
             await gateway.dismiss()
         finally:
             server.should_exit = True

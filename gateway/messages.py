@@ -218,6 +218,8 @@ class Codec:
         Raises:
             BadMessage: it isn't one.
         """
+        if self.binary and isinstance(data, str):
+            raise BadMessage("this connection speaks msgpack: send binary frames")
         try:
             return self._decode(data)
         except msgspec.ValidationError as error:

@@ -124,9 +124,18 @@ class Connection:
         except (_Left, WebSocketDisconnect):
             pass  # the client went away, perhaps while something was being sent to it
 
+    @property
+    def client(self) -> str:
+        """Who it is; "" before authentication."""
+        return self._client
+
     def dismiss(self) -> None:
         """The gateway is ending: say so and close."""
         self._close(GOING_AWAY, "the gateway is shutting down")
+
+    def revoke(self) -> None:
+        """The client may not be here any more."""
+        self._close(POLICY_VIOLATION, "this client was revoked")
 
     # Authentication ---------------------------------------------------------------------------------------------------
 
@@ -139,7 +148,7 @@ class Connection:
                 data = await self._receive()
         except TimeoutError:
             raise Closed(POLICY_VIOLATION, "not authenticated in time") from None
-        if len(data) > UNAUTHENTICATED_FRAME_BYTES_MAX:
+        if _size(data) > UNAUTHENTICATED_FRAME_BYTES_MAX:
             raise Closed(POLICY_VIOLATION, "too large a message before authentication")
         try:
             message = self._codec.decode(data)
@@ -202,15 +211,21 @@ class Connection:
         if self._refused > self._services.settings.messages_burst:
             raise Closed(POLICY_VIOLATION, "too many messages")
         try:
-            ref = getattr(self._codec.decode(data), "id", None)
+            message = self._codec.decode(data)
         except BadMessage as error:
             ref = error.ref
+        else:
+            if isinstance(message, messages.Stop):
+                # Stopping relieves everyone; and an error with the id of a running stream would seem to end it.
+                self._stop(message)
+                return
+            ref = getattr(message, "id", None)
         text = f"at most {self._services.settings.messages_per_s:g} messages a second"
         self.say_error(Code.RATE_LIMITED, text, ref=ref, retry_after_ms=int(wait_s * 1000) + 1)
 
     def _handle(self, data: bytes | str) -> None:
         settings = self._services.settings
-        if len(data) > settings.frame_bytes_max:
+        if _size(data) > settings.frame_bytes_max:
             # It was read whole, so its id could be found; but a message this large is not worth decoding.
             self.say_error(Code.TOO_LARGE, f"a message may have at most {settings.frame_bytes_max} bytes")
             return
@@ -224,12 +239,7 @@ class Connection:
             case messages.Job():
                 self._submit(message)
             case messages.Stop():
-                stream = self._streams.get(message.id)
-                if stream is None:
-                    self.say_error(Code.NOT_FOUND, "no such stream on this connection", ref=message.id)
-                else:
-                    stream.stopped = True
-                    self._services.upstream.cancel(stream.stream, "stopped by the client")
+                self._stop(message)
             case messages.Models():
                 self.say(messages.ModelsResult, models=self._services.upstream.fleet.models)
             case messages.Ping():
@@ -267,6 +277,14 @@ class Connection:
             return
         self._streams[job.id] = stream
         self._services.metrics.requests += 1
+
+    def _stop(self, message: messages.Stop) -> None:
+        stream = self._streams.get(message.id)
+        if stream is None:
+            self.say_error(Code.NOT_FOUND, "no such stream on this connection", ref=message.id)
+        else:
+            stream.stopped = True
+            self._services.upstream.cancel(stream.stream, "stopped by the client")
 
     async def _receive(self) -> bytes | str:
         event = await self._websocket.receive()
@@ -475,6 +493,11 @@ class ClientStream:
 
 class _Left(Exception):
     """The client closed, or its line broke."""
+
+
+def _size(data: bytes | str) -> int:
+    """The bytes of a frame; a text is measured only as far as its characters leave it open."""
+    return len(data) if isinstance(data, bytes) or data.isascii() else len(data.encode())
 
 
 def _ms(start: float, end: float | None) -> int | None:

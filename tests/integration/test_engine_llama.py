@@ -144,6 +144,8 @@ async def test_load_reload_unload() -> None:
         await ask(client, prompt="dog", options={"num_ctx": 256, "num_predict": 1})
         (reloaded,) = children()
         assert reloaded.pid != child.pid
+        await ask(client, prompt="dog", options={"num_ctx": 256, "num_predict": 1})
+        assert children() == [reloaded]
         assert (await client.get("/api/ps")).json()["models"][0]["context_length"] == 256
         assert (await ask(client, keep_alive=0))["done_reason"] == "unload"
         psutil.wait_procs([reloaded], timeout=10)
@@ -156,7 +158,7 @@ async def test_llama2_is_another_name_for_the_same_process() -> None:
         tags = {tag["name"]: tag["digest"] for tag in (await client.get("/api/tags")).json()["models"]}
         assert tags["llama2:latest"] == tags["tiny:latest"]
         await ask(client)
-        await ask(client, model="llama2")
+        await ask(client, model="llama2", options={"num_ctx": 8192})  # as much as the model has: the same as not asked
         assert len(children()) == 1
 
 

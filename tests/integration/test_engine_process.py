@@ -102,6 +102,7 @@ def test_a_port_in_use_is_said_plainly() -> None:
             1,
             Path(__file__).name,
         ),
+        (("--simulated", "--sim-model", "a b"), 2, "invalid model name"),
         (("--simulated", "--listen", "nowhere"), 2, "HOST:PORT"),
         (("--log-level", "loud"), 2, "log-level"),
     ],

@@ -157,7 +157,7 @@ def test_requests_of_a_dead_worker_that_had_not_started_go_elsewhere(parts: Part
         for number, stream in enumerate(streams):
             assert stream.result.text == transcript(f"p{number}", 0, 5)
             assert stream.result.host == "host-2"
-        assert sorted(stream.result.attempts for stream in streams) == [1, 1, 2, 2]
+        assert sorted(stream.result.attempts or 0 for stream in streams) == [1, 1, 2, 2]
 
 
 def test_a_worker_that_stops_for_a_while_comes_back(parts: Parts) -> None:

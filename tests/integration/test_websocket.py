@@ -270,6 +270,30 @@ async def test_a_revoked_client_is_refused(fabric: Fabric) -> None:
         assert (await wire.hear())["success"] is False
 
 
+async def test_a_revocation_reaches_a_live_connection_and_its_streams(fabric: Fabric) -> None:
+    with contextlib.closing(Store.open(fabric.folder)) as store:
+        files = create_client(store, "leaving", fabric.folder / "keys")
+        stranger = Fabric.__new__(Fabric)
+        stranger.private_key_path, stranger.client_id = files.private, "leaving"
+        async with connect(fabric) as wire:
+            assert (await wire.authenticate(stranger))["success"] is True
+            await wire.send(generate(options={"num_predict": 100_000}))
+            await wire.hear_until("stream_token")
+            store.revoke("leaving")
+            async for _ in heard(wire):
+                pass
+            assert await wire.closed() == (1008, "this client was revoked")
+    fabric.until(lambda: fabric.busy() == 0, "the engines are idle after a revocation")
+
+
+async def test_a_text_frame_on_a_binary_connection_is_refused(fabric: Fabric) -> None:
+    async with connect(fabric, subprotocols=[websockets.Subprotocol("weftline.msgpack")]) as wire:
+        await wire.connection.recv()
+        await wire.send({"type": "ping"})
+        assert msgpack.unpackb(await wire.connection.recv())["code"] == "INVALID_MESSAGE"
+        assert (await wire.closed())[0] == 1008
+
+
 @pytest.mark.parametrize("sent", [generate(), {"type": "ping"}, {"type": "models"}, "garbage", b"\x00"])
 async def test_messages_before_authentication_close_the_line(fabric: Fabric, sent: Any) -> None:
     async with connect(fabric) as wire:
@@ -325,12 +349,22 @@ async def test_a_frame_beyond_all_bounds_closes_the_line(small: Fabric) -> None:
 async def test_too_many_messages_are_refused_and_a_flood_closes_the_line(small: Fabric) -> None:
     async with authenticated(small) as wire:
         with contextlib.suppress(websockets.ConnectionClosed):
-            for number in range(30):
-                await wire.send({"type": "stop", "id": str(number)})
+            for _ in range(30):
+                await wire.send({"type": "resume", "id": "r", "lastSeq": 1})
         codes = [json.loads(message)["code"] async for message in heard(wire)]
         assert codes[:6] == ["NOT_FOUND"] * 6
         assert set(codes[6:]) == {"RATE_LIMITED"}
         assert (await wire.closed()) == (1008, "too many messages")
+
+
+async def test_a_stop_counts_even_beyond_the_rate(small: Fabric) -> None:
+    async with authenticated(small) as wire:
+        await wire.send(generate("s", options={"num_predict": 100_000}))
+        for _ in range(7):
+            await wire.send({"type": "ping"})
+        assert (await wire.hear_until("error"))["code"] == "RATE_LIMITED"
+        await wire.send({"type": "stop", "id": "s"})
+        assert (await wire.hear_until("stream_end", ref="s"))["doneReason"] == "cancelled"
 
 
 async def heard(wire: Wire) -> Any:

@@ -28,7 +28,7 @@ def engine(
         list[str] | None, typer.Option(help="A model to serve; SmolLM2-135M unless told.", metavar="NAME=FILE.gguf")
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Requests a model serves at a time. [2, simulated 4]")
+        int | None, typer.Option(min=1, max=4096, help="Requests a model serves at a time. [2, simulated 4]")
     ] = None,
     simulated: Annotated[
         bool, typer.Option("--simulated", help="Known words at a set speed instead of a model.")
@@ -59,7 +59,10 @@ def engine(
                 slots=slots or Settings().slots,
                 models=sim_model or Settings().models,
             )
-            backend: Backend = SimulatedBackend(settings)
+            try:
+                backend: Backend = SimulatedBackend(settings)
+            except ValueError as error:
+                raise UsageError(f"--sim-model: {error}") from None
         else:
             try:
                 backend = await LlamaBackend.open(_files(model or []), slots=slots or 2)

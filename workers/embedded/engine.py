@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
-    from starlette.routing import Route
-
     from workers.embedded.wire import Message, Options
 
 
@@ -110,18 +108,25 @@ class Runner(Protocol):
 class Backend(Protocol):
     label: str
     """Said wherever the engine names itself."""
-    models: Mapping[str, Model]
-    """By full name."""
     loaded_max: int
 
-    async def load(self, model: Model, num_ctx: int) -> Runner:
-        """Load `model` with a context of `num_ctx` tokens a slot (0: the default). Cancelling aborts the load."""
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """By full name."""
+        ...
+
+    def context_length(self, model: Model, num_ctx: int) -> int:
+        """Tokens a request of `model` gets that asks for `num_ctx` (0: does not ask)."""
+        ...
+
+    async def load(self, model: Model, context_length: int) -> Runner:
+        """Load `model` with `context_length` tokens a slot. Cancelling aborts the load."""
         ...
 
     def slots(self, model: Model) -> int:
         """Requests that `model` serves at a time."""
         ...
 
-    def debug_routes(self) -> Sequence[Route]:
-        """Routes only this backend has."""
+    def inject(self, fault: bytes) -> list[Any]:
+        """Let something go wrong, as the JSON says; all that is still to go wrong. ApiError when it cannot."""
         ...

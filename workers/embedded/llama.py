@@ -38,8 +38,6 @@ from workers.embedded.wire import ApiError, Message, full_name, human_count, joi
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
-    from starlette.routing import Route
-
     from workers.embedded.wire import Options
 
 log = logging.getLogger(__name__)
@@ -50,6 +48,7 @@ ALIAS: Final = "llama2:latest"
 
 NUM_CTX: Final = 4096
 """Tokens of context for each slot, unless the request or the model says less."""
+NUM_CTX_MIN: Final = 16
 LOAD_TIMEOUT_S: Final = 300.0
 _STEP_TOKENS: Final = 64
 """Of a prompt, between two looks at whether anybody still wants it. Smaller steps are slower: 64 cost 8 %."""
@@ -122,13 +121,14 @@ class LlamaBackend:
     def slots(self, model: Model) -> int:
         return self._slots if "completion" in model.capabilities else 1
 
-    async def load(self, model: Model, num_ctx: int) -> LlamaRunner:
-        file = self._files[model.digest]
-        context = min(num_ctx or NUM_CTX, model.context_length)
-        return await LlamaRunner.start(file, context, self.slots(model))
+    def context_length(self, model: Model, num_ctx: int) -> int:
+        return min(max(num_ctx, NUM_CTX_MIN) if num_ctx else NUM_CTX, model.context_length)
 
-    def debug_routes(self) -> list[Route]:
-        return []
+    async def load(self, model: Model, context_length: int) -> LlamaRunner:
+        return await LlamaRunner.start(self._files[model.digest], context_length, self.slots(model))
+
+    def inject(self, fault: bytes) -> list[Any]:
+        raise ApiError(404, "only the simulated engine fails on demand")
 
 
 class LlamaRunner:

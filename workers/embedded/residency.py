@@ -3,7 +3,7 @@
 Rules, after Ollama's scheduler (`server/sched.go`):
 1. A request holds one slot of its model's runner from grant to release. Requests beyond the slots wait in order of
    arrival; the 513th waiting one is refused with 503.
-2. A request whose `num_ctx` differs from the loaded one reloads the model, once the running requests have ended.
+2. A request for another context length than the loaded one reloads the model, once the running requests have ended.
 3. Models load one at a time. At `loaded_max` one leaves: an idle one before a busy one, then that with the shortest
    keep_alive. A busy one gets no further requests and leaves when its running ones have ended.
 4. After its last request a model stays for its keep_alive (the last one given, else 5 minutes), then it is unloaded.
@@ -44,7 +44,6 @@ class _Place:
     model: Model
     slots: int
     runner: Runner | None = None
-    num_ctx: int = 0
     busy: int = 0
     served: int = 0
     waiting: deque[tuple[asyncio.Future[Runner], int]] = field(default_factory=deque)
@@ -92,7 +91,7 @@ class Residency:
         place = self._places.get(model.digest)
         if place is None:
             place = self._places[model.digest] = _Place(model, self._backend.slots(model))
-        runner = await self._acquire(place, model, num_ctx)
+        runner = await self._acquire(place, model, self._backend.context_length(model, num_ctx))
         if keep_alive_s is not None:
             place.keep_alive_s = keep_alive_s
         try:
@@ -143,11 +142,11 @@ class Residency:
             for place in self._places.values()
         }
 
-    async def _acquire(self, place: _Place, model: Model, num_ctx: int) -> Runner:
+    async def _acquire(self, place: _Place, model: Model, context_length: int) -> Runner:
         if len(place.waiting) >= WAITING_MAX:
             raise ApiError(503, BUSY)
         granted: asyncio.Future[Runner] = asyncio.get_running_loop().create_future()
-        entry = (granted, num_ctx)
+        entry = (granted, context_length)
         place.waiting.append(entry)
         if place.runner is None and place.loading is None:
             place.model = model  # of several names for one digest, that which loads it is shown
@@ -179,12 +178,13 @@ class Residency:
         if place.runner is not None and not place.runner.alive:
             self._unload(place)
         while place.waiting and place.loading is None:
-            granted, num_ctx = place.waiting[0]
+            granted, context_length = place.waiting[0]
             if granted.done():  # cancelled, and its task has not run yet
                 place.waiting.popleft()
-            elif place.runner is None or place.num_ctx != num_ctx:
+            elif place.runner is None or place.runner.context_length != context_length:
                 if not place.busy:
-                    place.loading = self._tasks.create_task(self._load(place, num_ctx), name=f"load {place.model.name}")
+                    loading = self._load(place, context_length)
+                    place.loading = self._tasks.create_task(loading, name=f"load {place.model.name}")
                 return
             elif place.busy < place.slots:
                 place.waiting.popleft()
@@ -194,14 +194,13 @@ class Residency:
             else:
                 return
 
-    async def _load(self, place: _Place, num_ctx: int) -> None:
+    async def _load(self, place: _Place, context_length: int) -> None:
         try:
             async with self._one_load:
                 self._unload(place)
                 await self._make_room()
                 place.keep_alive_s = KEEP_ALIVE_S
-                place.runner = await self._backend.load(place.model, num_ctx)
-                place.num_ctx = num_ctx
+                place.runner = await self._backend.load(place.model, context_length)
         except ApiError as error:
             log.warning("model %s did not load: %s", place.model.name, error.message)
             while place.waiting:

@@ -67,9 +67,9 @@ def create_app(backend: Backend) -> Starlette:
         Route("/api/embed", _Watched(api.embed), methods=["POST"]),
         Route("/api/embeddings", _Watched(api.embeddings), methods=["POST"]),
         Route("/debug/slots", api.slots, methods=["GET"]),
-        *backend.debug_routes(),
+        Route("/debug/faults", api.faults, methods=["POST"]),
     ]
-    handlers = {HTTPException: _plain_error, ApiError: _api_error}
+    handlers = {HTTPException: _plain_error, ApiError: _api_error, _ClientGone: _nobody}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
     return app
@@ -82,6 +82,10 @@ def _plain_error(_: HttpRequest, error: HTTPException) -> Response:
 
 def _api_error(_: HttpRequest, error: ApiError) -> Response:
     return Response(error.line(), error.status, media_type=_JSON)
+
+
+def _nobody(_: HttpRequest, __: _ClientGone) -> Response:
+    return Response(status_code=499)
 
 
 def _json(value: Any) -> Response:
@@ -210,6 +214,9 @@ class _Api:
 
     async def slots(self, _: HttpRequest) -> Response:
         return _json({"models": self.residency.slots()})
+
+    async def faults(self, request: HttpRequest) -> Response:
+        return _json({"faults": self._backend.inject(await read_body(request.receive))})
 
     async def show(self, request: HttpRequest) -> Response:
         values = wire.parse_body(await read_body(request.receive), "ShowRequest")

@@ -29,18 +29,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
-from starlette.responses import Response
-from starlette.routing import Route
 
 from workers.embedded.engine import Completion, CutShort, Model, Piece
 from workers.embedded.engine import Final as FinalPart
 from workers.embedded.residency import BUSY
-from workers.embedded.wire import NS_PER_S, ApiError, Message, encode, full_name, join_messages
+from workers.embedded.wire import NS_PER_S, ApiError, Message, full_name, join_messages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-
-    from starlette.requests import Request
 
 _ONSETS: Final = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
 _VOWELS: Final = ("a", "e", "i", "o")
@@ -177,24 +173,24 @@ class SimulatedBackend:
     def slots(self, model: Model) -> int:
         return 1 if "embedding" in model.capabilities else self.settings.slots
 
-    async def load(self, model: Model, num_ctx: int) -> SimulatedRunner:
+    def context_length(self, model: Model, num_ctx: int) -> int:
+        return num_ctx if num_ctx > 0 else CONTEXT_TOKENS
+
+    async def load(self, model: Model, context_length: int) -> SimulatedRunner:
         await asyncio.sleep(self.settings.load_s)
-        return SimulatedRunner(model, self.settings, self.faults, num_ctx or CONTEXT_TOKENS)
+        return SimulatedRunner(model, self.settings, self.faults, context_length)
 
-    def debug_routes(self) -> list[Route]:
-        return [Route("/debug/faults", self._inject, methods=["POST"])]
-
-    async def _inject(self, request: Request) -> Response:
-        """POST a Fault, answered with all that are pending. ApiError 400 for what is none, 503 when too many are."""
+    def inject(self, fault: bytes) -> list[Fault]:
+        """A Fault as JSON. ApiError 400 for what is none, 503 when too many are pending."""
         if len(self.faults.pending) >= FAULTS_MAX:
             raise ApiError(503, "too many faults are pending")
         try:
-            fault = msgspec.json.decode(await request.body(), type=Fault)
-            full_name(fault.model or "any")
+            parsed = msgspec.json.decode(fault, type=Fault)
+            full_name(parsed.model or "any")
         except (msgspec.DecodeError, ValueError) as error:
             raise ApiError(400, str(error)) from None
-        self.faults.pending.append(fault)
-        return Response(encode({"faults": self.faults.pending}), media_type="application/json; charset=utf-8")
+        self.faults.pending.append(parsed)
+        return self.faults.pending
 
 
 class SimulatedRunner:

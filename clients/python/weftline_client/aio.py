@@ -1,9 +1,10 @@
 """The asyncio client: many concurrent requests over one WebSocket.
 
 Theory of operation. `connect()` starts one task, which owns the socket until `close()`: it opens the line, signs the
-challenge, reads every frame, and reconnects with full jitter when the line drops. Requests live in one table; whatever
-arrives is put into the record of its request, and whoever awaits that request is woken. A request leaves the table at
-its terminal message, or when the one who awaits it leaves first, and then the server is told to `stop`.
+challenge, reads every frame, and reconnects with full jitter when the line drops. Requests live in one table, and are
+sent at once or, while there is no line, by the next one. Whatever arrives is put into the record of its request, and
+whoever awaits that request is woken. A request leaves the table at its terminal message, or when the one who awaits it
+leaves first, and then the server is told to `stop`.
 
 Bounds. A stream buffers `stream_buffer` tokens. When it is full the reader stops reading, so TCP slows the server; all
 streams of the connection wait meanwhile. A stream that makes no room for `stall_timeout_s` is stopped and ends with
@@ -153,7 +154,7 @@ class _Request:
             self.buffer.append(token)
             self.news.set()
         else:
-            self.parts.append(message.get("token") or "")
+            self.parts.append(str(message.get("token") or ""))
         if thinking := message.get("thinking"):
             self.thinking.append(thinking)
         if tool_calls := message.get("toolCalls"):
@@ -702,7 +703,7 @@ class AsyncClient(_Requests):
                     await self._await_callbacks()
         except ConnectionClosed as error:
             lost = ConnectionLostError(f"connection lost: {error}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.exception("the server sent a message that cannot be read")
             lost = ProtocolError(f"unreadable message: {error!r}")
         finally:
@@ -723,13 +724,14 @@ class AsyncClient(_Requests):
             _, reply = self._calls.popleft()
             if not reply.done():
                 reply.set_exception(type(lost)(lost.message))
+                reply.exception()  # seen: whoever was still sending the call fails by that
 
     # --- what arrives -------------------------------------------------------------------------------------------------
 
     def _dispatch(self, message: Message) -> _Request | None:
         """Give a message to its request; returns that request if its buffer is now full.
 
-        Raises KeyError, TypeError or ValueError if the message is not as the protocol has it.
+        Raises KeyError, TypeError, ValueError or AttributeError if the message is not as the protocol has it.
         """
         kind = message["type"]
         if callbacks := self._callbacks.get(kind):

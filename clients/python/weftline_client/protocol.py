@@ -234,7 +234,7 @@ def decode(frame: str | bytes) -> Message:
     """The message in a frame: JSON if it is text, msgpack if it is bytes. Raises ValueError if it holds no map."""
     try:
         message = json.loads(frame) if isinstance(frame, str) else msgpack.unpackb(frame)
-    except (ValueError, msgpack.UnpackException) as error:  # FormatError and StackError are ValueErrors
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:  # FormatError and StackError are ValueErrors
         raise ValueError(f"undecodable frame: {error}") from error
     if not isinstance(message, dict):
         raise ValueError("a message must be a map")

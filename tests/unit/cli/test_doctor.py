@@ -1,7 +1,7 @@
 """`weftline doctor`: what it makes of what it finds."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli import doctor
-from cli.doctor import Check, Status, at_once, data_dir_checks, fleet_checks, libraries, probe
+from cli.doctor import Check, Status, at_once, data_dir_checks, fleet_checks, libraries, probe, verdict
 from cli.keys import create_client
 from cli.main import main
 from cli.settings import ClientSettings
@@ -27,7 +27,7 @@ def engine(*models: Model, url: str = "http://127.0.0.1:11434", up: bool = True,
     return Engine(url=url, models=models, up=up, error=error)
 
 
-def of(part: str, checks: "Iterator[Check] | list[Check]") -> list[Check]:
+def of(part: str, checks: Iterable[Check]) -> list[Check]:
     return [check for check in checks if check.part == part]
 
 
@@ -157,21 +157,33 @@ def test_how_many_ran_at_once(streams: list[list[float]], expected: int | None) 
 
 
 @pytest.mark.parametrize(
-    ("slots", "told", "status", "words"),
+    ("slots", "words"), [(1, "serves 1 at a time"), (2, "serves 2 at a time"), (4, "serves at least 4 at a time")]
+)
+async def test_an_engine_is_measured(slots: int, words: str) -> None:
+    backend = SimulatedBackend(Settings(slots=slots, tokens_per_s=150, models=["simulated"]))
+    async with running(backend) as url:
+        check = await probe(url, {"simulated:latest": slots})
+    assert check.status is Status.OK
+    assert f"{words} with simulated:latest; slots={slots} is set" in check.finding
+
+
+@pytest.mark.parametrize(
+    ("measured", "slots", "status", "words"),
     [
-        (1, {"simulated:latest": 1}, Status.OK, "serves 1 at a time with simulated:latest; slots=1 is set"),
-        (1, {"simulated:latest": 3}, Status.WARN, "serves 1 at a time with simulated:latest; slots=3 is set"),
-        (2, {"simulated:latest": 1}, Status.WARN, "serves 2 at a time with simulated:latest; slots=1 is set"),
-        (2, {}, Status.OK, "slots=2 is right for it"),
-        (4, {"simulated:latest": 8}, Status.OK, "serves at least 4 at a time"),
+        (1, 3, Status.WARN, "Run its worker with slots=1"),
+        (2, 1, Status.WARN, "URL,slots=2"),
+        (2, None, Status.OK, "slots=2 is right for it"),
+        (4, None, Status.OK, "slots=4 is safe"),
+        (4, 8, Status.OK, "at least 4 at a time"),
+        (None, 1, Status.WARN, "too briefly"),
     ],
 )
-async def test_an_engine_is_measured(slots: int, told: dict[str, int], status: Status, words: str) -> None:
-    backend = SimulatedBackend(Settings(slots=slots, tokens_per_s=100, models=["simulated"]))
-    async with running(backend) as url:
-        check = await probe(url, told)
+def test_what_is_measured_is_compared_with_what_is_set(
+    measured: int | None, slots: int | None, status: Status, words: str
+) -> None:
+    check = verdict("an engine", "llama2", measured, slots)
     assert check.status is status
-    assert words in check.finding
+    assert words in f"{check.finding} {check.remedy}"
 
 
 async def test_an_engine_too_fast_to_be_measured() -> None:

@@ -560,6 +560,10 @@ async def test_what_cannot_be_encoded(gateway: FakeGateway, settings: Message) -
         '{"id":"x"}',
         '{"type":"stream_token","id":"mine","token":"x","seq":"1"}',
         '{"type":"stream_end","id":"mine"}',
+        '{"type":"stream_end","id":"mine","totalTokens":1,"elapsedTime":1,"timings":[1]}',
+        '{"type":"error","id":"mine","error":"e","code":"QUEUE_FULL","retryAfterMs":"soon"}',
+        '{"type":["stream_end"],"id":"mine"}',
+        "[" * 100_000,
     ],
 )
 async def test_an_unreadable_message_drops_the_line(

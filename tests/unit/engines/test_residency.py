@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from starlette.routing import Route
-
 from workers.embedded.engine import Completion, Final, Model, Piece
 from workers.embedded.residency import BUSY, WAITING_MAX, Residency
 from workers.embedded.wire import ApiError, Message
@@ -30,8 +28,8 @@ def model(name: str, digest: str = "") -> Model:
 class FakeRunner:
     size_bytes = 1
 
-    def __init__(self, num_ctx: int) -> None:
-        self.context_length = num_ctx
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
         self.alive = True
         self.closed = asyncio.Event()
 
@@ -73,7 +71,10 @@ class FakeBackend:
     def slots(self, model: Model) -> int:
         return self.slots_each
 
-    async def load(self, model: Model, num_ctx: int) -> FakeRunner:
+    def context_length(self, model: Model, num_ctx: int) -> int:
+        return num_ctx or 100
+
+    async def load(self, model: Model, context_length: int) -> FakeRunner:
         self.loads.append(model.name)
         try:
             await self.gate.wait()
@@ -82,11 +83,11 @@ class FakeBackend:
             raise
         if self.fails:
             raise ApiError(500, self.fails)
-        self.runners.append(FakeRunner(num_ctx))
+        self.runners.append(FakeRunner(context_length))
         return self.runners[-1]
 
-    def debug_routes(self) -> list[Route]:
-        return []
+    def inject(self, fault: bytes) -> list[Any]:
+        raise NotImplementedError
 
 
 @dataclass
