@@ -229,7 +229,10 @@ class Codec:
 
     def _diagnose(self, data: bytes | str, error: str) -> "BadMessage":
         """Find out which request a wrong message speaks of, so that its waiter hears of it."""
-        anything = self._decode_any(data)
+        try:
+            anything = self._decode_any(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            anything = None
         if not isinstance(anything, dict):
             return BadMessage("a message is a map with a 'type'")
         ref, kind = anything.get("id"), anything.get("type")
@@ -256,10 +259,14 @@ TYPES: Final = frozenset(cls.__struct_config__.tag for cls in ClientMessage.__ar
 # Ollama's lines -------------------------------------------------------------------------------------------------------
 
 
+# What a line does not have. (A union with None would not decode: to msgspec, Raw is no type among others.)
+NOTHING: Final = Raw()
+
+
 class ChatMessage(Struct, frozen=True):
     content: str = ""
     thinking: str | None = None
-    tool_calls: Raw | None = None
+    tool_calls: Raw = NOTHING
 
 
 class Line(Struct, frozen=True):
@@ -268,8 +275,8 @@ class Line(Struct, frozen=True):
     response: str = ""
     thinking: str | None = None
     message: ChatMessage | None = None
-    tool_calls: Raw | None = None
-    logprobs: Raw | None = None
+    tool_calls: Raw = NOTHING
+    logprobs: Raw = NOTHING
     done: bool = False
 
 

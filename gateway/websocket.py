@@ -27,7 +27,7 @@ from common.logs import Log
 from common.protocol import End, short_name
 from gateway import messages
 from gateway.auth import Authenticator
-from gateway.messages import BadMessage, Codec
+from gateway.messages import NOTHING, BadMessage, Codec
 from gateway.metrics import Metrics
 from gateway.protocols import BATCH
 from gateway.session import Begins, Events, Output, Over, Stream, Waits
@@ -412,7 +412,7 @@ class ClientStream:
                 token, thinking, tool_calls = line.response, line.thinking, line.tool_calls
             else:
                 token, thinking, tool_calls = line.message.content, line.message.thinking, line.message.tool_calls
-            if token or thinking or tool_calls is not None:
+            if token or thinking or tool_calls is not NOTHING:
                 self._tokens += 1
                 push(
                     encode(
@@ -429,9 +429,11 @@ class ClientStream:
                 )
         connection._services.metrics.events += events.n - events.skip
 
-    def _embeddable(self, raw: msgspec.Raw | None) -> Any:
+    def _embeddable(self, raw: msgspec.Raw) -> Any:
         """A piece of Ollama's JSON as it can stand in a message: as it is in JSON, decoded for msgpack."""
-        return raw if raw is None or not self._connection._codec.binary else msgspec.json.decode(raw)
+        if raw is NOTHING:
+            return None
+        return msgspec.json.decode(raw) if self._connection._codec.binary else raw
 
     def _on_embeddings(self, document: bytes) -> None:
         try:

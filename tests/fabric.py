@@ -167,7 +167,8 @@ class Fabric:
             async with httpx.AsyncClient(trust_env=False) as client:
                 for _ in range(int(START_S / 0.02)):
                     state = (await client.get(f"{self.http_url}/readyz")).json()
-                    if state["ready"] and state["workers"] == len(self.engines):
+                    complete = state["ready"] if self.engines else state["reason"] == "no worker is connected"
+                    if complete and state["workers"] == len(self.engines):
                         break
                     await asyncio.sleep(0.02)
             self._ready.set()

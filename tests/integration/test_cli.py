@@ -129,18 +129,6 @@ def test_running_and_waiting_requests_and_ctrl_c(tmp_path: Path, capsys: Capture
         fabric.until(lambda: fabric.busy() == 0, "the engine stopped")
 
 
-def test_a_fabric_without_hosts(tmp_path: Path, capsys: Capture) -> None:
-    with Fabric(tmp_path / "fabric", engines=[]) as fabric:
-        key = ["--key", str(fabric.config_path)]
-        assert main(["models", *key]) == 0
-        assert "No model can be served" in capsys.readouterr().err
-        assert main(["chat", *key, "--model", "llama2", "Hello"]) == 1
-        assert main(["doctor", "--broker", broker_of(fabric), *key, "--ollama", "127.0.0.1:1"]) == 1
-        said = capsys.readouterr().out
-        assert "FAIL  hosts       no host is connected to the broker" in said
-        assert "not ready: no worker is connected" in said
-
-
 # Processes that cannot start ------------------------------------------------------------------------------------------
 
 
@@ -244,42 +232,41 @@ def _free_port() -> int:
 # By hand: every part a process ----------------------------------------------------------------------------------------
 
 
-def test_parts_started_one_by_one(tmp_path: Path, capsys: Capture) -> None:
-    """A worker without its Ollama is there and says so; the engine comes, serves, and everything ends with 0."""
-    weftline = "cli.main"
-    ports = ["--gateways", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*"]
+def test_parts_started_one_by_one(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part says what is still missing, and notices when it comes; everything ends with 0."""
+    monkeypatch.setenv("WEFTLINE_WORKER_POLL_INTERVAL_S", "0.1")
+    weftline, data = "cli.main", str(tmp_path / "data")
     engine = f"127.0.0.1:{_free_port()}"
     with contextlib.ExitStack() as stack:
+        ports = ["--gateways", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*"]
         broker = stack.enter_context(started(weftline, "broker", *ports))
         gateways, workers = broker.find(r"listening gateways=(\S+) workers=(\S+)").groups()
-        worker = stack.enter_context(
-            started(weftline, "worker", "--broker", workers, "--ollama", engine, "--name", "gpu-1")
-        )
+        monkeypatch.setenv("WEFTLINE_CLIENT_BROKER", gateways)
+        listen = ["--broker", gateways, "--listen", "127.0.0.1:0", "--data-dir", data]
+        gateway = stack.enter_context(started(weftline, "gateway", *listen))
+        url = gateway.find(r"listening url=(\S+)")[1]
+        gateway.find("connected")
+
+        assert main(["keys", "create", "local", "--out", f"{data}/keys", "--server-url", url]) == 0
+        assert main(["models"]) == 0
+        assert "No model can be served" in capsys.readouterr().err
+        assert main(["doctor", "--ollama", engine]) == 1
+        said = capsys.readouterr().out
+        assert "FAIL  hosts       no host is connected to the broker" in said
+        assert f"FAIL  gateway     {url} answers but is not ready: no worker is connected" in said
+        assert f"FAIL  engine      no engine answers at http://{engine}" in said
+
+        to_broker = ["--broker", workers, "--ollama", engine, "--name", "gpu-1"]
+        worker = stack.enter_context(started(weftline, "worker", *to_broker))
         worker.find("registered")
-        (host,) = json_of(capsys, "hosts", "--broker", gateways)
+        (host,) = json_of(capsys, "hosts")
         assert host["engines"][0]["up"] is False
         assert engine in host["engines"][0]["error"]
+
         serving = stack.enter_context(started(weftline, "engine", "--simulated", "--listen", engine))
         serving.find("listening")
         worker.find("engine up")
-        gateway = stack.enter_context(
-            started(
-                weftline,
-                "gateway",
-                "--broker",
-                gateways,
-                "--listen",
-                "127.0.0.1:0",
-                "--data-dir",
-                str(tmp_path / "data"),
-            )
-        )
-        url = gateway.find(r"listening url=(\S+)")[1]
-        gateway.find("connected")
-        create = ["create", "local", "--out", str(tmp_path / "data" / "keys"), "--server-url", url]
-        assert main(["keys", *create]) == 0
-        capsys.readouterr()
-        assert main(["chat", "--option", "num_predict=3", "Hello"]) == 0
+        assert main(["chat", "--model", "llama2", "--option", "num_predict=3", "Hello"]) == 0
         assert len(capsys.readouterr().out.split()) == 3
         for process in (gateway, worker, serving, broker):
             process.signal(signal.SIGTERM)

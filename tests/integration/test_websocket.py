@@ -259,14 +259,14 @@ async def test_a_signature_counts_for_its_own_challenge_only(fabric: Fabric) -> 
 
 async def test_a_revoked_client_is_refused(fabric: Fabric) -> None:
     with contextlib.closing(Store.open(fabric.folder)) as store:
-        files = create_client(store, "revoked", fabric.folder / "keys")
-        store.revoke("revoked")
+        files = create_client(store, "refused", fabric.folder / "keys")
+        store.revoke("refused")
     async with connect(fabric) as wire:
         challenge = await wire.hear()
         stranger = Fabric.__new__(Fabric)
         stranger.private_key_path = files.private
         signature = sign(stranger, challenge["challenge"])
-        await wire.send({"type": "authenticate", "clientId": "revoked", "signature": signature})
+        await wire.send({"type": "authenticate", "clientId": "refused", "signature": signature})
         assert (await wire.hear())["success"] is False
 
 
@@ -392,6 +392,7 @@ async def test_a_waiting_request_is_told_its_place(small: Fabric) -> None:
         await wire.send({"type": "stop", "id": "2"})
         end = await wire.hear_until("stream_end", ref="2")
         assert (end["doneReason"], end["totalTokens"]) == ("cancelled", 0)
+        wire.connection.transport.abort()
     small.until(lambda: small.busy() == 0, "the engines are idle")
 
 

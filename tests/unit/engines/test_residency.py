@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from workers.embedded.engine import Completion, Final, Model, Piece
 from workers.embedded.residency import BUSY, WAITING_MAX, Residency
 from workers.embedded.wire import ApiError, Message
