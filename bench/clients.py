@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httptools
 import httpx
 import msgspec
-from websockets.frames import Frame, Opcode
+from websockets.frames import Close, CloseCode, Frame, Opcode
 from weftline_client import AsyncClient
 from weftline_client.credentials import Signer, load_config
 
@@ -97,12 +97,30 @@ async def over_httpx(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
         yield generate
 
 
-class _HttpConnection(asyncio.Protocol):
+class _Connection(asyncio.Protocol):
+    """A TCP connection that tells when it is gone."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport
+        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._gone.set_result(None)
+
+    async def close(self) -> None:
+        self._transport.close()
+        await self._gone
+
+
+class _HttpConnection(_Connection):
     """One kept connection, one request at a time; httptools calls `on_*`."""
 
     def __init__(self, host: str) -> None:
+        super().__init__()
         self._head = f"POST /api/generate HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-        self._transport: asyncio.Transport
         self._parser: Any = None
         self._answer = Answer(0.0)
         self._rest = b""
@@ -118,9 +136,6 @@ class _HttpConnection(asyncio.Protocol):
         await self._done
         return answer
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
@@ -135,12 +150,10 @@ class _HttpConnection(asyncio.Protocol):
         else:
             self._done.set_exception(BenchError(f"the engine answered {status}: {self._rest!r}"))
 
-    def connection_lost(self, _: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
         if self._done is not None and not self._done.done():
             self._done.set_exception(BenchError("the engine closed the connection"))
-
-    def close(self) -> None:
-        self._transport.close()
 
 
 @contextlib.asynccontextmanager
@@ -148,11 +161,11 @@ async def over_lean_http(fabric: Fabric, streams: int) -> AsyncIterator[Generate
     """A kept connection per stream."""
     host, port = _address(fabric.engine_url)
     loop = asyncio.get_running_loop()
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         idle: list[_HttpConnection] = []
         for _ in range(streams):
             _, connection = await loop.create_connection(lambda: _HttpConnection(f"{host}:{port}"), host, port)
-            stack.callback(connection.close)
+            stack.push_async_callback(connection.close)
             idle.append(connection)
 
         async def generate(count: int) -> Answer:
@@ -188,14 +201,14 @@ class _Waiting:
     done: asyncio.Future[None]
 
 
-class WebSocketConnection(asyncio.Protocol):
+class WebSocketConnection(_Connection):
     """One authenticated connection to a gateway that carries many streams."""
 
     def __init__(self, url: str, client_id: str, signer: Signer) -> None:
+        super().__init__()
         self._url = url
         self._client_id = client_id
         self._signer = signer
-        self._transport: asyncio.Transport
         self._rest = b""
         self._upgraded = False
         self._number = 0
@@ -215,12 +228,12 @@ class WebSocketConnection(asyncio.Protocol):
         await waiting.done
         return answer
 
-    def close(self) -> None:
-        self._transport.write(Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True))
-        self._transport.close()
+    async def close(self) -> None:
+        self._transport.write(Frame(Opcode.CLOSE, Close(CloseCode.NORMAL_CLOSURE, "").serialize()).serialize(mask=True))
+        await super().close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
         host, port = _address(self._url)
         key = base64.b64encode(os.urandom(16)).decode()
         self._transport.write(
@@ -228,7 +241,8 @@ class WebSocketConnection(asyncio.Protocol):
             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
 
-    def connection_lost(self, _: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
         self._fail("the gateway closed the connection")
 
     def data_received(self, data: bytes) -> None:
@@ -322,11 +336,11 @@ async def over_websocket(fabric: Fabric, streams: int) -> AsyncIterator[Generate
     def protocol() -> WebSocketConnection:
         return WebSocketConnection(fabric.gateway_url, config["client_id"], signer)
 
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         opened: list[WebSocketConnection] = []
         for _ in range(connections(streams)):
             _, connection = await loop.create_connection(protocol, host, port)
-            stack.callback(connection.close)
+            stack.push_async_callback(connection.close)
             async with asyncio.timeout(CONNECT_S):
                 await connection.ready
             opened.append(connection)

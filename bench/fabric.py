@@ -31,8 +31,6 @@ ADDRESS: Final = re.compile(r"\b(?:http|ws|tcp)://[\w.:\[\]]+")
 class BenchError(ProcessError):
     """The benchmark could not be run, or what it received was wrong."""
 
-    exit_status = 1
-
 
 @dataclass(slots=True)
 class Part:

@@ -54,8 +54,8 @@ class Load:
 
     @property
     def answer_s(self) -> float:
-        """How long a paced stream takes at least."""
-        return self.tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+        """How long a paced stream takes at least; its first token comes at once."""
+        return (self.tokens - 1) / self.tokens_per_s if self.tokens_per_s else 0.0
 
 
 def loads(*, quick: bool) -> tuple[list[Load], list[Load], list[Load]]:
@@ -91,14 +91,17 @@ async def run(load: Load, generate: Generate, target: Fabric) -> Run:
             await asyncio.sleep(load.pause_s)
 
     gc.collect()
-    async with asyncio.timeout(RUN_S_MAX), asyncio.TaskGroup() as group:
-        for number in range(load.streams):
-            group.create_task(stream(number))
-        await asyncio.sleep(load.answer_s + WARM_UP_S)
-        before, from_s = target.usage(), perf_counter()
-        await asyncio.sleep(load.window_s)
-        after, to_s = target.usage(), perf_counter()
-        running = False
+    try:
+        async with asyncio.timeout(RUN_S_MAX), asyncio.TaskGroup() as group:
+            for number in range(load.streams):
+                group.create_task(stream(number))
+            await asyncio.sleep(load.answer_s + WARM_UP_S)
+            before, from_s = target.usage(), perf_counter()
+            await asyncio.sleep(load.window_s)
+            after, to_s = target.usage(), perf_counter()
+            running = False
+    except TimeoutError:
+        raise BenchError(f"streams were still running after {RUN_S_MAX:g} s") from None
     expected = transcript(PROMPT, 0, load.tokens)
     for answer in answers:
         if "".join(answer.tokens) != expected:

@@ -221,7 +221,7 @@ class Conversation:
     def ask(self, text: str) -> int:
         """Print the answer as it comes and keep it as context; returns the exit status.
 
-        Ctrl-C stops the answer; what had come of it counts as said. A failed question is forgotten.
+        Ctrl-C stops the answer; what had come of it counts as said. A question without an answer is forgotten.
 
         Raises:
             WeftlineError: it failed.
@@ -248,7 +248,10 @@ class Conversation:
             self._status.clear()
             if stream.text:
                 self._say("\n")
-        self.messages.append({"role": "assistant", "content": stream.text})
+        if interrupted and not stream.text:
+            self.messages.pop()
+        else:
+            self.messages.append({"role": "assistant", "content": stream.text})
         if not interrupted:
             self._result(stream.result)
         return INTERRUPTED if interrupted else 0

@@ -49,6 +49,7 @@ def run_app(app: typer.Typer, argv: list[str] | None, name: str) -> int:
 
 def run_command(function: Callable[..., int], argv: list[str] | None, *, name: str) -> int:
     """Run a single command."""
-    app = typer.Typer(add_completion=False)
+    # No markup: it would take a [default] in a help text for a style, and drop it.
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(exits(function))
     return run_app(app, argv, name)

@@ -28,6 +28,7 @@ from common.errors import ProcessError, UnreachableError, UsageError
 LOCKS: Final = Path(__file__).parent / "lock"
 OLLAMA_PORT: Final = 11434
 ENGINE_PORT: Final = 11435
+ENGINE_SLOTS: Final = 2
 READY_S: Final = 120.0
 STOP_S: Final = 8.0
 RESTARTS_MAX: Final = 5
@@ -159,18 +160,17 @@ class Fabric:
                     "or use --engine embedded."
                 )
             say(f"No Ollama answers at {silent}: the embedded engine serves instead.")
-        count = settings.workers or 1
-        ports = free_ports(count)
+        flags = ["--slots", str(ENGINE_SLOTS)]
         if choice == "simulated":
-            for number, port in enumerate(ports, 1):
-                self._add(f"engine-{number}", "workers.embedded", "--simulated", "--listen", f"127.0.0.1:{port}")
+            flags.append("--simulated")
             description = "the simulated engine: deterministic words, no inference"
         else:
             await install_embedded()
-            for number, port in enumerate(ports, 1):
-                self._add(f"engine-{number}", "workers.embedded", "--listen", f"127.0.0.1:{port}")
             description = "the embedded engine: llama.cpp with SmolLM2-135M (small and quick, not a source of facts)"
-        return [f"http://127.0.0.1:{port}" for port in ports], description
+        ports = free_ports(settings.workers or 1)
+        for number, port in enumerate(ports, 1):
+            self._add(f"engine-{number}", "workers.embedded", "--listen", f"127.0.0.1:{port}", *flags)
+        return [f"http://127.0.0.1:{port},slots={ENGINE_SLOTS}" for port in ports], description
 
     # Keys -------------------------------------------------------------------------------------------------------------
 

@@ -24,13 +24,18 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _as_on_a_fresh_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Settings of the machine do not reach the commands, nor what commands do to the root logger other tests."""
+    """Settings of the machine do not reach the commands, nor what commands do to the root logger other tests.
+
+    SIGINT reaches what is started even where the tests run in the background of a shell, which ignores it there.
+    """
     for name in ("WEFTLINE_CONFIG", "WEFTLINE_KEY", "OLLAMA_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WEFTLINE_DATA_DIR", str(tmp_path / "data"))
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, interrupt)
     root.handlers[:] = handlers
     root.setLevel(level)
 

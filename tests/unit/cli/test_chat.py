@@ -353,7 +353,8 @@ async def _gone(gateway: FakeGateway) -> None:
 
 
 _COMMAND = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal that Ctrl-C comes from
 from cli.main import main
 sys.exit(main())

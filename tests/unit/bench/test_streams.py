@@ -1,0 +1,79 @@
+"""The benchmark itself, in small: real processes, all clients."""
+
+import asyncio
+from pathlib import Path
+from time import perf_counter
+
+import psutil
+import pytest
+
+from bench import fabric
+from bench.clients import PROMPT, Answer
+from bench.fabric import BenchError, Fabric, Usage
+from bench.figures import CLIENTS, PROCESSES
+from bench.streams import Load, loads, measure, run
+from workers.embedded.simulated import transcript
+
+
+class Idle(Fabric):
+    """No processes, hence no usage."""
+
+    def usage(self) -> Usage:
+        return Usage({}, {}, 0.0)
+
+
+def a_load(streams: int = 2) -> Load:
+    return Load(name="small", streams=streams, tokens=5, tokens_per_s=50, window_s=0.2, pause_s=0.001)
+
+
+async def test_a_small_benchmark(tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    found, others = await measure([a_load()], 1, tmp_path)
+    assert [f.client for f in found] == list(CLIENTS)
+    for f in found:
+        assert f.first_ms.n > 0
+        assert 0 < f.first_ms.p50 <= f.first_ms.p99
+        assert 0 < f.tokens_per_s.median < 1000
+        assert set(f.rss_mib) == set(PROCESSES)
+    assert others >= 0
+    assert set(psutil.Process().children()) <= before  # every part has ended
+
+
+async def test_wrong_tokens_end_the_run() -> None:
+    async def generate(count: int) -> Answer:
+        await asyncio.sleep(0)
+        return Answer(perf_counter(), [perf_counter()], [" wrong"])
+
+    with pytest.raises(BenchError, match="other tokens than the engine's"):
+        await run(a_load(1), generate, Idle("", "", Path(), {}))
+
+
+async def test_right_tokens_are_counted() -> None:
+    async def generate(count: int) -> Answer:
+        answer = Answer(perf_counter())
+        await asyncio.sleep(0)
+        answer.came_s, answer.tokens = [perf_counter()] * count, [transcript(PROMPT, 0, count)]
+        return answer
+
+    found = await run(a_load(1), generate, Idle("", "", Path(), {}))
+    assert found.tokens == 5 * len(found.first_ms)
+
+
+async def test_a_part_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"(?s)engine ended at its start.*slots"):
+        async with fabric.running(tmp_path, tokens_per_s=1, slots=0):
+            pass
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_gateways_rate_limit_is_kept(quick: bool) -> None:
+    """Its default: 50 requests a second and connection, 256 streams."""
+    from bench.clients import connections
+
+    paced, fast, full = loads(quick=quick)
+    for load in (*paced, *fast):
+        requests_per_s = load.streams / (load.answer_s + load.pause_s)
+        assert requests_per_s / connections(load.streams) < 50
+        assert load.streams <= 256
+    # At full speed too, as long as the whole fabric does not bring more than this.
+    assert all(50 * connections(load.streams) * load.tokens >= 400_000 for load in full)
