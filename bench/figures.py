@@ -16,7 +16,8 @@ CLIENTS: Final = {
     "websocket": "fabric, lean WebSocket",
     "weftline": "fabric, AsyncClient",
 }
-PROCESSES: Final = ("engine", "worker", "broker", "gateway", "client")
+SERVERS: Final = ("engine", "worker", "broker", "gateway")
+PROCESSES: Final = (*SERVERS, "client")
 
 ADDED_MS_MAX: Final = {"httpx": 1.0, "lean": 1.5}
 """The aim for the first token at p50 with one stream, by the direct client it is measured against."""
@@ -69,6 +70,7 @@ class Figures:
     tokens_per_s: Spread
     cpu_us_per_token: dict[str, float]
     rss_mib: dict[str, float]
+    """At its highest. The client's is left out: it holds every sample."""
     added_first_ms: dict[str, Spread]
     """At p50, by the direct client it is measured against; empty for a direct client."""
 
@@ -126,7 +128,7 @@ def figures(load: str, streams: int, rounds: Sequence[Mapping[str, Run]]) -> lis
                 for process in PROCESSES
                 if client in FABRIC or process in ("engine", "client")
             },
-            rss_mib={process: max(runs[client].rss_bytes[process] for runs in rounds) / 2**20 for process in PROCESSES},
+            rss_mib={name: max(runs[client].rss_bytes[name] for runs in rounds) / 2**20 for name in SERVERS},
             added_first_ms={
                 direct: spread(
                     [quantiles(runs[client].first_ms).p50 - quantiles(runs[direct].first_ms).p50 for runs in rounds]
@@ -227,8 +229,8 @@ def _cpu(all_figures: Sequence[Figures]) -> str:
 
 
 def _memory(all_figures: Sequence[Figures]) -> str:
-    highest = {process: max(f.rss_mib[process] for f in all_figures) for process in PROCESSES}
-    return _table(PROCESSES, [tuple(f"{mib:.0f}" for mib in highest.values())], left=0)
+    highest = tuple(f"{max(f.rss_mib[process] for f in all_figures):.0f}" for process in SERVERS)
+    return _table(SERVERS, [highest], left=0)
 
 
 def _aims(found: Sequence[Aim]) -> str:

@@ -28,6 +28,7 @@ from bench.fabric import BenchError, Fabric
 from bench.figures import Figures, Run, aims, figures, report, run_of
 from common import process
 from common.command import run_command
+from common.errors import UsageError
 from workers.embedded.simulated import transcript
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -62,7 +63,7 @@ def loads(*, quick: bool) -> tuple[list[Load], list[Load], list[Load]]:
     """What is run, by fabric: paced loads, which measure latency; one that offers more than the aim, token by token;
     and one at full speed, where the engine writes as many lines at once as are ready.
     """
-    window_s = 0.5 if quick else 1.8
+    window_s = 0.4 if quick else 1.5
 
     def load(name: str, streams: int, tokens: int, tokens_per_s: float, pause_s: float = 0.0) -> Load:
         return Load(
@@ -70,8 +71,9 @@ def loads(*, quick: bool) -> tuple[list[Load], list[Load], list[Load]]:
         )
 
     # Alone, a stream is short: many first tokens are needed. No connection asks more than 50 times a second.
-    paced = [load(f"{n} at 50/s", n, 2 if n == 1 else 15 if quick else 30, 50, 0.005) for n in (1, 16, 64)]
-    return paced, [load("64 at 400/s", 64, 200, 400)], [load("16 at full speed", 16, 1000, 0)]
+    several = {64: 12} if quick else {16: 30, 64: 30}
+    paced = [load(f"{streams} at 50/s", streams, n, 50, 0.005) for streams, n in ({1: 2} | several).items()]
+    return paced, [load("64 at 400/s", 64, 100 if quick else 200, 400)], [load("16 at full speed", 16, 1000, 0)]
 
 
 async def run(load: Load, generate: Generate, target: Fabric) -> Run:
@@ -149,12 +151,10 @@ async def bench(*, quick: bool) -> dict[str, Any]:
     """
     rounds = 2 if quick else 3
     groups = loads(quick=quick)
-    date = datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="weftline-bench-") as folder:
         results = [await measure(group, rounds, Path(folder)) for group in groups]
     (paced, _), (fast, _), (full, _) = results
     return {
-        "date": date,
         "machine": machine(),
         "others_cores": max(others for _, others in results),
         "rounds": rounds,
@@ -166,22 +166,30 @@ async def bench(*, quick: bool) -> dict[str, Any]:
 
 
 def streams(
-    quick: Annotated[bool, typer.Option("--quick", help="Half a minute instead of three: rougher figures.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Half a minute instead of three: fewer loads, rougher figures.")
+    ] = False,
     json: Annotated[
         Path | None, typer.Option(help="Where the figures go. [bench/results/streams-DATE.json]", metavar="FILE")
     ] = None,
 ) -> int:
     """Measure what the fabric adds to streams, how fast it goes and what it costs, on the simulated engine."""
 
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    file = json or RESULTS / f"streams-{date.replace(':', '')}.json"
+
     async def main(stop: asyncio.Event) -> int:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError as error:
+            raise UsageError(f"cannot write {file}: {error.strerror}. Choose another with --json FILE.") from None
         work = asyncio.create_task(bench(quick=quick))
         await process.until(stop, work)
         if not work.done():
             return 1
         result = work.result()
-        file = json or RESULTS / f"streams-{result['date'].replace(':', '')}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        file.write_bytes(msgspec.json.format(msgspec.json.encode({"date": date, **result})) + b"\n")
         print(report(result["paced"], result["fast"]))
         print(f"\nOther processes kept {result['others_cores']:.2f} of {os.cpu_count()} cores busy meanwhile.")
         print(f"All figures: {file}")

@@ -8,9 +8,9 @@ import psutil
 import pytest
 
 from bench import fabric
-from bench.clients import PROMPT, Answer
+from bench.clients import PROMPT, Answer, connections
 from bench.fabric import BenchError, Fabric, Usage
-from bench.figures import CLIENTS, PROCESSES
+from bench.figures import CLIENTS, SERVERS
 from bench.streams import Load, loads, measure, run
 from workers.embedded.simulated import transcript
 
@@ -34,7 +34,7 @@ async def test_a_small_benchmark(tmp_path: Path) -> None:
         assert f.first_ms.n > 0
         assert 0 < f.first_ms.p50 <= f.first_ms.p99
         assert 0 < f.tokens_per_s.median < 1000
-        assert set(f.rss_mib) == set(PROCESSES)
+        assert set(f.rss_mib) == set(SERVERS)
     assert others >= 0
     assert set(psutil.Process().children()) <= before  # every part has ended
 
@@ -56,7 +56,9 @@ async def test_right_tokens_are_counted() -> None:
         return answer
 
     found = await run(a_load(1), generate, Idle("", "", Path(), {}))
-    assert found.tokens == 5 * len(found.first_ms)
+    # An answer on either edge of the window may be in it with its tokens or its first token only.
+    assert found.tokens > 0
+    assert abs(found.tokens - 5 * len(found.first_ms)) <= 5
 
 
 async def test_a_part_that_does_not_start_says_why(tmp_path: Path) -> None:
@@ -68,8 +70,6 @@ async def test_a_part_that_does_not_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quick", [True, False])
 def test_the_gateways_rate_limit_is_kept(quick: bool) -> None:
     """Its default: 50 requests a second and connection, 256 streams."""
-    from bench.clients import connections
-
     paced, fast, full = loads(quick=quick)
     for load in (*paced, *fast):
         requests_per_s = load.streams / (load.answer_s + load.pause_s)
