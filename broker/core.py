@@ -686,12 +686,13 @@ class BrokerCore:
         self._send(Side.GATEWAY, peer, Accepted(rid=request.rid))
         if request.phase is Phase.QUEUED:
             request.told_position = 0
-        elif request.phase is Phase.ENDED:
-            assert request.terminal is not None
-            self._send(Side.GATEWAY, peer, request.terminal, request.terminal_payload)
-        else:
-            self._send(Side.GATEWAY, peer, self._leased(request))
+            return
+        # Also of what has ended: it may lack events, and asks for them by the attempt.
+        self._send(Side.GATEWAY, peer, self._leased(request))
+        if request.terminal is None:
             self._tell_gap(request)
+        else:
+            self._send(Side.GATEWAY, peer, request.terminal, request.terminal_payload)
 
     def _tell_gap(self, request: Request, top: int = 0) -> None:
         gap = Gap(rid=request.rid, attempt=request.attempt, top=max(top, request.events))

@@ -50,10 +50,14 @@ def ordinal_of(attempt: int) -> int:
     return attempt >> 32
 
 
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+COUNT_MAX: Final = 2**53 - 1
+Count = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
 """Events or milliseconds, bounded so that no sum of them outgrows msgpack's 64 bits or a float."""
 Attempt = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 """As `attempt_of` makes them, with room for one more."""
+Short = Annotated[str, msgspec.Meta(max_length=1024)]
+"""What a queued request keeps beside its body is bounded too: the broker counts bodies only."""
+Method = Annotated[str, msgspec.Meta(pattern="^[A-Z]{1,16}$")]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag=str.lower):
@@ -124,21 +128,21 @@ class Submit(Message, frozen=True):
     resubmission knows from before.
     """
 
-    rid: bytes
-    client: str
-    ref: str
-    model: str
-    path: str
-    method: str = "POST"
-    priority: str = "normal"
-    weight: float = 1.0
-    deadline_ms: int | None = None
-    grace_ms: int = 0
+    rid: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    client: Short
+    ref: Short
+    model: Short
+    path: Short
+    method: Method = "POST"
+    priority: Short = "normal"
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+    deadline_ms: Count | None = None
+    grace_ms: Count = 0
     waited_ms: Count = 0
     attempt: Attempt = 0
     next_seq: Count = 0
-    prompt_bytes: int = 0
-    prefix: tuple[bytes, ...] = ()
+    prompt_bytes: Count = 0
+    prefix: Annotated[tuple[Annotated[bytes, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=64)] = ()
 
 
 class Cancel(Message, frozen=True):
@@ -384,7 +388,7 @@ class Assign(Message, frozen=True):
     model: str
     digest: str
     path: str
-    method: str = "POST"
+    method: Method = "POST"
     start: int = 0
 
 

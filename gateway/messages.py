@@ -12,6 +12,11 @@ from msgspec import Meta, Raw, Struct
 
 SUBPROTOCOL: Final = "weftline.msgpack"
 
+SMALL: Final = 256 * 1024
+VALUES_MAX: Final = 100_000
+"""Values (strings, numbers, lists, maps) in a message larger than SMALL: 16 MiB of empty lists would take 1.2 GB and
+hold up everyone for 5 s. More of them is a bad message."""
+
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -220,12 +225,21 @@ class Codec:
         """
         if self.binary and isinstance(data, str):
             raise BadMessage("this connection speaks msgpack: send binary frames")
+        if len(data) > SMALL and self._values(data) > VALUES_MAX:
+            raise BadMessage(f"a message may hold at most {VALUES_MAX} values")
         try:
             return self._decode(data)
         except msgspec.ValidationError as error:
             raise self._diagnose(data, str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadMessage(f"not {'msgpack' if self.binary else 'JSON'}: {error}") from None
+
+    def _values(self, data: bytes | str) -> int:
+        """How many values the message holds, without making them; it need not be well-formed."""
+        if self.binary:
+            assert isinstance(data, bytes)
+            return _msgpack_values(data)
+        return _json_values(data if isinstance(data, str) else data.decode("latin-1"))
 
     def _diagnose(self, data: bytes | str, error: str) -> "BadMessage":
         """Find out which request a wrong message speaks of, so that its waiter hears of it."""
@@ -237,7 +251,7 @@ class Codec:
             return BadMessage("a message is a map with a 'type'")
         ref, kind = anything.get("id"), anything.get("type")
         ref = ref if isinstance(ref, str) else None
-        if kind not in TYPES:
+        if not isinstance(kind, str) or kind not in TYPES:
             return BadMessage(f"there is no message type {str(kind)[:64]!r}", ref=ref, unknown_type=True)
         return BadMessage(f"{kind}: {error}", ref=ref)
 
@@ -250,6 +264,41 @@ class BadMessage(Exception):
         self.ref = ref
         self.unknown_type = unknown_type
 
+
+def _json_values(text: str) -> int:
+    """Values of a JSON text: every string, and every comma and bracket outside strings, stands for one at most."""
+    bare = text.replace("\\\\", "").replace('\\"', "")
+    strings = bare.count('"') // 2
+    if strings > VALUES_MAX:
+        return strings
+    outside = "".join(bare.split('"')[::2])
+    return sum(map(outside.count, ",[{"))
+
+
+def _msgpack_values(data: bytes) -> int:
+    """Values of a msgpack document, or a little more than VALUES_MAX."""
+    at = count = 0
+    while at < len(data) and count <= VALUES_MAX:
+        size, length_bytes = _MSGPACK_SIZES[data[at]]
+        at += size + int.from_bytes(data[at + 1 : at + 1 + length_bytes], "big")
+        count += 1
+    return count
+
+
+def _msgpack_size(head: int) -> tuple[int, int]:
+    """Bytes a value that begins with `head` takes (of a container: before its items), and how many of them say how many
+    more follow. After the msgpack specification's table of formats."""
+    if 0xA0 <= head <= 0xBF:  # fixstr
+        return 1 + (head & 0x1F), 0
+    sizes = {0xC4: (2, 1), 0xC5: (3, 2), 0xC6: (5, 4), 0xC7: (3, 1), 0xC8: (4, 2), 0xC9: (6, 4)}  # bin, ext
+    sizes |= {0xD9: (2, 1), 0xDA: (3, 2), 0xDB: (5, 4)}  # str
+    fixed = {0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9}  # numbers
+    fixed |= {0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}  # fixext
+    fixed |= {0xDC: 3, 0xDD: 5, 0xDE: 3, 0xDF: 5}  # arrays and maps
+    return sizes.get(head) or (fixed.get(head, 1), 0)
+
+
+_MSGPACK_SIZES: Final = tuple(map(_msgpack_size, range(256)))
 
 JSON: Final = Codec(binary=False)
 MSGPACK: Final = Codec(binary=True)
@@ -297,6 +346,9 @@ def ollama_call(job: Job) -> tuple[str, bytes]:
     """A request as the HTTP call it stands for: path and JSON body, as a client of Ollama would have sent them.
 
     `options.max_tokens` is what the guides call Ollama's `num_predict`.
+
+    Raises:
+        BadMessage: something in it has no place in JSON (msgpack has extensions, and maps with keys of any type).
     """
     body = {
         name: value
@@ -311,4 +363,7 @@ def ollama_call(job: Job) -> tuple[str, bytes]:
         body["options"] = options
     if not isinstance(job, Embed):
         body["stream"] = True
-    return f"/api/{type(job).__name__.lower()}", msgspec.json.encode(body)
+    try:
+        return f"/api/{type(job).__name__.lower()}", msgspec.json.encode(body)
+    except (TypeError, RecursionError) as error:
+        raise BadMessage(f"cannot be said in JSON: {error}", ref=job.id) from None

@@ -12,7 +12,8 @@ What each bound defends against, and what happens at it:
     pipeline_max        More requests waiting on one connection: aborted. Nobody pipelines.
     ping_interval_s     Keepalive. A pong missing after `ping_timeout_s`: aborted, unless bytes moved meanwhile, for the
     ping_timeout_s      ping or the pong may be behind a long message.
-    message_bytes_max   A longer message: closed with 1009.
+    message_bytes_max   A longer message: closed with 1009. Until the application trusts the peer, the bound is
+    stranger_bytes_max  this one: a thousand strangers must not get 20 GB to fill.
     control_burst       Pings, pongs and tiny fragments cost work and never reach the application. More than the burst
     control_per_s       beyond this rate: closed with 1008.
 
@@ -22,7 +23,8 @@ a hundred times its size as an object. Fragments are joined as they come, so the
 permessage-deflate is off: it costs 50 KiB per connection, and bombs would have to be defused.
 
 On top, many messages leave in one write: where the scope's extensions name `weftline.batch`, an application may send
-`{"type": "websocket.send", "batch": [bytes, ...], "binary": bool}`; each item is one message, text ones in UTF-8.
+`{"type": "websocket.send", "batch": [bytes, ...], "binary": bool, "trusted": bool}`; each item is one message, text
+ones in UTF-8. `trusted` says that from now on the peer may send long messages.
 """
 
 import asyncio
@@ -59,6 +61,7 @@ class Limits:
     ping_interval_s: float = 5.0
     ping_timeout_s: float = 5.0
     message_bytes_max: int = 16 * 1024 * 1024
+    stranger_bytes_max: int = 64 * 1024
     control_burst: int = 200
     control_per_s: float = 20.0
 
@@ -162,7 +165,7 @@ class DefendedWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn.max_message_size = self.limits.message_bytes_max
+        self.conn.max_message_size = min(self.limits.stranger_bytes_max, self.limits.message_bytes_max)
         self.conn.available_extensions = None
         self.ping_interval = self.limits.ping_interval_s
         self.ping_timeout = self.limits.ping_timeout_s
@@ -362,6 +365,8 @@ class DefendedWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.disconnected or self.close_sent or self.conn.state is not OPEN:
             raise ClientDisconnected
         batch = message.get("batch")
+        if message.get("trusted"):
+            self.conn.max_message_size = self.limits.message_bytes_max
         if batch is not None:
             output = _frames(batch, message.get("binary", False))
         elif message.get("bytes") is not None:

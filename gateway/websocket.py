@@ -3,7 +3,8 @@
 A connection has two tasks: one reads messages, the other writes what waits in the outbox. Streams put into the
 outbox from the broker's side. Bounds, and what happens at them:
 
-    messages        a token bucket; the refused are answered RATE_LIMITED, and a bucketful of those closes (1008)
+    messages        a token bucket; the refused are answered RATE_LIMITED, and more of those than fit into another such
+                    bucket close the connection (1008)
     streams         `streams_max` at once, then RATE_LIMITED
     outbox          past `outbox_bytes_max` the connection's streams pause: their events are let go and asked for again
                     when half of it is read. What no replay brings again (errors, ends) has the same bound for itself;
@@ -24,7 +25,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from common.errors import Code, FabricError, ProcessError
 from common.logs import Log
-from common.protocol import End, short_name
+from common.protocol import End, Failed, short_name
 from gateway import messages
 from gateway.auth import Authenticator
 from gateway.messages import NOTHING, BadMessage, Codec
@@ -38,7 +39,6 @@ log = Log("gateway")
 
 POLICY_VIOLATION: Final = 1008
 GOING_AWAY: Final = 1001
-UNAUTHENTICATED_FRAME_BYTES_MAX: Final = 64 * 1024
 _timestamp: Callable[[], int] = lambda: int(time.time() * 1000)  # noqa: E731
 
 
@@ -95,7 +95,7 @@ class Connection:
         self._paused = False
         self._closing: Closed | None = None
         self._bucket = Bucket(settings.messages_per_s, settings.messages_burst, self._loop.time())
-        self._refused = 0
+        self._refusals = Bucket(settings.messages_per_s, settings.messages_burst, self._loop.time())
         self._batches = BATCH in websocket.scope.get("extensions", {})
 
     async def run(self) -> None:
@@ -148,8 +148,6 @@ class Connection:
                 data = await self._receive()
         except TimeoutError:
             raise Closed(POLICY_VIOLATION, "not authenticated in time") from None
-        if _size(data) > UNAUTHENTICATED_FRAME_BYTES_MAX:
-            raise Closed(POLICY_VIOLATION, "too large a message before authentication")
         try:
             message = self._codec.decode(data)
         except BadMessage as error:
@@ -173,7 +171,7 @@ class Connection:
             await self._write([self._encode(messages.AuthResult, success=False, error=text)])
             raise Closed(1011, "registry unreadable") from None
         self._client = client.id
-        await self._write([self._encode(messages.AuthResult, success=True)])
+        await self._write([self._encode(messages.AuthResult, success=True)], trusted=True)
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -207,8 +205,7 @@ class Connection:
             self._handle(data)
 
     def _refuse(self, data: bytes | str, wait_s: float) -> None:
-        self._refused += 1
-        if self._refused > self._services.settings.messages_burst:
+        if self._refusals.take(self._loop.time()):
             raise Closed(POLICY_VIOLATION, "too many messages")
         try:
             message = self._codec.decode(data)
@@ -272,9 +269,14 @@ class Connection:
                 priority=job.priority,
                 deadline_ms=job.deadline_ms,
             )
+        except BadMessage as error:
+            self.say_error(Code.INVALID_MESSAGE, str(error), ref=job.id)
+            return
         except FabricError as error:
             self.say_error(error.code, error.message, ref=job.id)
             return
+        if self._paused:
+            stream.stream.pause()
         self._streams[job.id] = stream
         self._services.metrics.requests += 1
 
@@ -327,9 +329,11 @@ class Connection:
             if self._closing is not None and not self._outbox:
                 raise self._closing
 
-    async def _write(self, frames: list[bytes]) -> None:
+    async def _write(self, frames: list[bytes], *, trusted: bool = False) -> None:
         if self._batches:
-            await self._websocket.send({"type": "websocket.send", "batch": frames, "binary": self._codec.binary})
+            await self._websocket.send(
+                {"type": "websocket.send", "batch": frames, "binary": self._codec.binary, "trusted": trusted}
+            )
             return
         for frame in frames:
             if self._codec.binary:
@@ -368,7 +372,7 @@ class Connection:
 class ClientStream:
     """Translates one stream's lines, as Ollama writes them, into the client's messages."""
 
-    __slots__ = ("_connection", "_job", "_tokens", "stopped", "stream")
+    __slots__ = ("_complete", "_connection", "_job", "_tokens", "stopped", "stream")
 
     stream: Stream
 
@@ -376,6 +380,7 @@ class ClientStream:
         self._connection = connection
         self._job = job
         self._tokens = 0
+        self._complete = False
         self.stopped = False
 
     def hear(self, output: Output) -> None:
@@ -405,60 +410,78 @@ class ClientStream:
         for seq, text in enumerate(events.lines(), events.seq):
             try:
                 line = messages.decode_line(text)
-            except msgspec.MsgspecError:
-                log.warn("engine's line not understood", rid=self.stream.submit.rid, seq=seq)
-                continue
-            if line.message is None:
-                token, thinking, tool_calls = line.response, line.thinking, line.tool_calls
-            else:
-                token, thinking, tool_calls = line.message.content, line.message.thinking, line.message.tool_calls
-            if token or thinking or tool_calls is not NOTHING:
-                self._tokens += 1
-                push(
-                    encode(
-                        messages.StreamToken(
-                            timestamp=now,
-                            id=ref,
-                            token=token,
-                            seq=seq,
-                            thinking=thinking,
-                            tool_calls=self._embeddable(tool_calls),
-                            logprobs=self._embeddable(line.logprobs),
+                self._complete = line.done
+                if line.message is None:
+                    token, thinking, tool_calls = line.response, line.thinking, line.tool_calls
+                else:
+                    token, thinking, tool_calls = line.message.content, line.message.thinking, line.message.tool_calls
+                if token or thinking or tool_calls is not NOTHING:
+                    self._tokens += 1
+                    push(
+                        encode(
+                            messages.StreamToken(
+                                timestamp=now,
+                                id=ref,
+                                token=token,
+                                seq=seq,
+                                thinking=thinking,
+                                tool_calls=self._embeddable(tool_calls),
+                                logprobs=self._embeddable(line.logprobs),
+                            )
                         )
                     )
-                )
+            except NONSENSE as error:
+                self._give_up(f"the engine's line {seq} is not Ollama's: {error}")
+                return
         connection._services.metrics.events += events.n - events.skip
 
     def _embeddable(self, raw: msgspec.Raw) -> Any:
         """A piece of Ollama's JSON as it can stand in a message: as it is in JSON, decoded for msgpack."""
         if raw is NOTHING:
             return None
-        return msgspec.json.decode(raw) if self._connection._codec.binary else raw
+        if self._connection._codec.binary:
+            return msgspec.json.decode(raw)
+        str(raw, "utf-8")  # it is not looked at otherwise, and a text frame must be UTF-8
+        return raw
 
     def _on_embeddings(self, document: bytes) -> None:
+        connection = self._connection
         try:
             result = messages.decode_embeddings(document)
-        except msgspec.MsgspecError as error:
-            self._connection.say_error(
-                Code.BACKEND_ERROR, f"the engine's answer is no embedding: {error}", ref=self._job.id
+            frame = connection._encode(
+                messages.EmbedResult,
+                id=self._job.id,
+                model=short_name(self._job.model),
+                embeddings=result.embeddings,
+                prompt_tokens=result.prompt_eval_count,
+                elapsed_time=self._elapsed_ms(),
             )
+        except NONSENSE as error:
+            self._give_up(f"the engine's answer is no embedding: {error}")
             return
-        self._connection.say(
-            messages.EmbedResult,
-            id=self._job.id,
-            model=short_name(self._job.model),
-            embeddings=result.embeddings,
-            prompt_tokens=result.prompt_eval_count,
-            elapsed_time=self._elapsed_ms(),
-        )
+        self._complete = True
+        connection.push(frame)
+
+    def _give_up(self, why: str) -> None:
+        """The engine's answer makes no sense: to leave the piece out would be a gap, so the stream ends here."""
+        stream, connection = self.stream, self._connection
+        rid = stream.submit.rid
+        log.warn("engine not understood", rid=rid, worker=stream.worker, reason=why)
+        connection._streams.pop(self._job.id, None)
+        connection._services.upstream.forget(stream)
+        self._on_over(Over(Failed(rid=rid, attempt=stream.attempt, code=Code.BACKEND_ERROR, message=why), b""))
 
     def _on_over(self, over: Over) -> None:
         connection, terminal = self._connection, over.terminal
+        if isinstance(terminal, End) and not self._complete and not self.stopped:
+            self._give_up("the engine's answer has no end")
+            return
         metrics = connection._services.metrics
         metrics.finished(self.stream, terminal)
-        if isinstance(terminal, End):
-            if not isinstance(self._job, messages.Embed):
-                self._say_end(terminal.stats.done_reason or "stop", terminal)
+        if isinstance(self._job, messages.Embed) and self._complete:
+            pass  # the result was the last word, whatever the engine did after it
+        elif isinstance(terminal, End):
+            self._say_end(terminal.stats.done_reason or "stop", terminal)
         elif terminal.code is Code.CANCELLED and self.stopped:
             self._say_end("cancelled", None)
         else:
@@ -491,6 +514,10 @@ class ClientStream:
 
     def _elapsed_ms(self) -> int:
         return int((self._connection._loop.time() - self.stream.submitted_at) * 1000)
+
+
+# What decoding an engine's JSON, or encoding it again, may raise.
+NONSENSE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError)
 
 
 class _Left(Exception):

@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import httpx
 from msgspec import json
 
 from common import process, protocol
@@ -19,7 +18,8 @@ from common.config import host_port
 from common.errors import ProtocolError, UsageError
 from common.logs import Log
 from common.transport import Socket, is_loopback
-from workers.ollama import ANSWER_BYTES_MAX, Backend, pieces, read_bounded, serve
+from workers.http import BrokenError, Connection
+from workers.ollama import ANSWER_BYTES_MAX, Backend, serve
 from workers.session import Close, Effect, Joined, Lease, Limits, Post, Report, Resume, Session, Superseded
 from workers.settings import WorkerSettings, engine_addresses
 
@@ -123,9 +123,8 @@ class _Agent:
         self._session = Session(settings.name, secrets.token_hex(16), limits, self._now())
         self._session.set_engines(self._engines())
         self._tasks: dict[Lease, asyncio.Task[None]] = {}
-        self._room: dict[Lease, asyncio.Event] = {}
+        self._answers: dict[Lease, _Answer] = {}
         self._left_over = asyncio.Event()
-        self._turn = 0
         self._rescheduled = asyncio.Event()
         self.superseded = asyncio.Event()
         self.socket = Socket("dealer", self._on_frame, on_batch=self._pump, hwm=HWM)
@@ -162,7 +161,6 @@ class _Agent:
             if self._session.blocked:
                 await asyncio.sleep(RETRY_AWAY_S if self._session.registration is None else RETRY_S)
             self._left_over.clear()
-            self._turn += 1
             self._pump()
 
     def engines_changed(self) -> None:
@@ -199,8 +197,8 @@ class _Agent:
                     if lease in self._tasks:
                         self._tasks[lease].cancel()
                 case Resume(lease):
-                    if lease in self._room:  # else its task did not come to wait
-                        self._room[lease].set()
+                    if lease in self._answers:  # else its task is ending
+                        self._answers[lease].resume()
                 case Joined(registration):
                     log("registered with the broker", registration=registration)
                     if self._on_registered is not None:
@@ -216,46 +214,60 @@ class _Agent:
         log.debug("lease ended", rid=lease.rid, attempt=lease.attempt, state=lease.state.name, events=lease.top)
 
     async def _carry(self, lease: Lease, body: bytes) -> None:
-        """Post a lease's request and feed the session what comes; cancelling it closes the stream."""
+        """Post a lease's request; what comes goes to the session. Cancelling it closes the stream."""
         session, backend = self._session, self._backends[lease.engine]
+        answer = self._answers[lease] = _Answer(self, lease)
         try:
-            if not lease.path.startswith("/"):  # a whole URL would lead away from the engine
-                raise httpx.InvalidURL(f"a path starts with '/', not like {lease.path[:100]!r}")
-            headers = {"content-type": "application/json"}
-            async with backend.client.stream(lease.method, lease.path, content=body, headers=headers) as response:
-                if response.is_success:
-                    session.head(lease, response.status_code, response.headers.get("content-type", ""), self._now())
-                    await self._feed(lease, response)
-                else:
-                    answer = await read_bounded(response, ANSWER_BYTES_MAX)
-                    session.rejected(lease, response.status_code, answer, self._now())
-        except httpx.InvalidURL as error:
+            await backend.http.request(lease.method, lease.path, body, answer)
+            if answer.ok:
+                session.eof(lease, self._now())
+            else:
+                session.rejected(lease, answer.status, bytes(answer.refusal), self._now())
+        except ValueError as error:
             session.rejected(lease, 400, json.encode({"error": str(error)}), self._now())
-        except httpx.HTTPError as error:
-            session.broke(lease, str(error) or type(error).__name__, self._now())
+        except BrokenError as error:
+            session.broke(lease, str(error), self._now())
             backend.poll_soon()
+        finally:
+            del self._answers[lease]
         self._pump()
 
-    async def _feed(self, lease: Lease, response: httpx.Response) -> None:
-        session, now, turn = self._session, self._now, -1
-        async with pieces(response) as arriving:
-            async for data in arriving:
-                go_on = session.feed(lease, data, now())
-                # What was read together comes piece by piece without a pause: the first leaves at once, the rest of
-                # this turn in one chunk.
-                if turn != self._turn:
-                    turn = self._turn
-                    self._pump()
-                    self._left_over.set()
-                if not go_on:
-                    return
-                if lease.paused:
-                    await self._wait_for_room(lease)
-        session.eof(lease, now())
+    def _on_head(self, lease: Lease, status: int, content_type: str) -> None:
+        self._session.head(lease, status, content_type, self._now())
 
-    async def _wait_for_room(self, lease: Lease) -> None:
-        self._room[lease] = asyncio.Event()
-        try:
-            await self._room[lease].wait()
-        finally:
-            del self._room[lease]
+    def _on_body(self, lease: Lease, data: bytes) -> bool:
+        """Feed the session; False: it wants no more."""
+        go_on = self._session.feed(lease, data, self._now())
+        self._pump()
+        return go_on
+
+
+class _Answer:
+    """Hears an engine's answer for a lease, in the turn of the loop that read it."""
+
+    __slots__ = ("_agent", "_connection", "_lease", "ok", "refusal", "status")
+
+    _connection: Connection
+
+    def __init__(self, agent: _Agent, lease: Lease) -> None:
+        self._agent = agent
+        self._lease = lease
+        self.ok = False
+        self.status = 0
+        self.refusal = bytearray()
+
+    def head(self, status: int, content_type: str, connection: Connection) -> None:
+        self.status, self.ok, self._connection = status, 200 <= status < 300, connection
+        if self.ok:
+            self._agent._on_head(self._lease, status, content_type)
+
+    def body(self, data: bytes) -> None:
+        if not self.ok:
+            self.refusal += data[: ANSWER_BYTES_MAX - len(self.refusal)]
+        elif not self._agent._on_body(self._lease, data):
+            self._connection.close()
+        elif self._lease.paused:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        self._connection.resume()

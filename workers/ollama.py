@@ -12,7 +12,9 @@ import msgspec
 
 from common.errors import ProcessError, UnreachableError, UsageError
 from common.logs import Log
-from common.protocol import Engine, Model
+from common.protocol import Count, Engine, Model
+from workers.http import HttpClient
+from workers.session import NONSENSE
 from workers.settings import EngineAddress
 
 CONNECT_S: Final = 5.0
@@ -50,7 +52,7 @@ class _Listed(msgspec.Struct):
 
     name: str
     digest: str = ""
-    size: int = 0
+    size: Count = 0
     details: _Details = msgspec.field(default_factory=_Details)
 
 
@@ -93,6 +95,7 @@ class Backend:
             headers={"accept-encoding": "identity"},
             trust_env=False,
         )
+        self.http = HttpClient(address.url, CONNECT_S)
         self._interval_s = interval_s
         self._poll_now = asyncio.Event()
         self._embedding: dict[str, bool] = {}  # by digest, of listed models only
@@ -101,6 +104,7 @@ class Backend:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.http.close()
         await self.client.aclose()
 
     def poll_soon(self) -> None:
@@ -122,9 +126,9 @@ class Backend:
         before = self.engine
         try:
             self.engine = await self._ask()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             self.engine = self._down(str(error) or type(error).__name__)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except NONSENSE as error:
             self.engine = self._down(f"what it says is not what Ollama says: {error}")
         if self.engine.up and not before.up:
             log("engine up", url=self.engine.url, kind=self.engine.kind, models=len(self.engine.models))
@@ -172,19 +176,22 @@ class Backend:
             try:
                 body = msgspec.json.encode({"model": name})
                 show = msgspec.json.decode(await self._get("/api/show", body), type=_Show)
-            except (httpx.HTTPStatusError, msgspec.MsgspecError, UnicodeDecodeError):
+            except (httpx.HTTPStatusError, *NONSENSE):
                 continue
             if show.capabilities is not None:
                 self._embedding[digest] = "embedding" in show.capabilities and "completion" not in show.capabilities
 
     async def _get(self, path: str, body: bytes | None = None) -> bytes:
-        async with self.client.stream(
-            "GET" if body is None else "POST",
-            path,
-            content=body,
-            headers={"content-type": "application/json"} if body is not None else None,
-            timeout=httpx.Timeout(POLL_S),
-        ) as response:
+        # The whole answer counts: httpx bounds only the wait for its next byte.
+        async with (
+            asyncio.timeout(POLL_S),
+            self.client.stream(
+                "GET" if body is None else "POST",
+                path,
+                content=body,
+                headers={"content-type": "application/json"} if body is not None else None,
+            ) as response,
+        ):
             answer = await read_bounded(response, LIST_BYTES_MAX)
             if not response.is_success:
                 text = f"{path} was answered with {response.status_code}"

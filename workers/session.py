@@ -49,6 +49,7 @@ from common.errors import Code
 from common.protocol import (
     BODY_BYTES_MAX,
     CHUNK_BYTES_MAX,
+    COUNT_MAX,
     HEARTBEAT_INTERVAL_S,
     HEARTBEATS_MISSED_MAX,
     Chunk,
@@ -75,6 +76,8 @@ FRAMES_PER_PUMP_MAX: Final = 64
 NOTES_MAX: Final = 1000
 """Answers that wait for the socket. Beyond it they are dropped and the worker registers anew, which says it all."""
 ERROR_TEXT_MAX: Final = 2000
+NONSENSE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding an engine's answer may raise."""
 
 
 class LeaseState(Enum):
@@ -804,12 +807,12 @@ class _Final(msgspec.Struct):
     def stats(self) -> Stats:
         return Stats(
             done_reason=self.done_reason,
-            prompt_tokens=self.prompt_eval_count,
-            completion_tokens=self.eval_count,
-            total_ns=self.total_duration,
-            load_ns=self.load_duration,
-            prompt_ns=self.prompt_eval_duration,
-            completion_ns=self.eval_duration,
+            prompt_tokens=_count(self.prompt_eval_count),
+            completion_tokens=_count(self.eval_count),
+            total_ns=_count(self.total_duration),
+            load_ns=_count(self.load_duration),
+            prompt_ns=_count(self.prompt_eval_duration),
+            completion_ns=_count(self.eval_duration),
         )
 
 
@@ -823,10 +826,15 @@ _final_decoder = msgspec.json.Decoder(_Final, strict=False)
 _error_decoder = msgspec.json.Decoder(_Error)
 
 
+def _count(number: int) -> int:
+    """As it can travel: JSON's numbers have no bounds, msgpack's have."""
+    return min(max(number, 0), COUNT_MAX)
+
+
 def _final(line: bytes) -> _Final | None:
     try:
         return _final_decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except NONSENSE:
         return None
 
 
@@ -837,7 +845,7 @@ def _is_error(line: bytes) -> bool:
 def _error_text(body: bytes) -> str:
     try:
         error = _error_decoder.decode(body).error
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except NONSENSE:
         return ""
     if isinstance(error, dict):
         error = error.get("message")

@@ -59,7 +59,12 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(app: App, **limits: Any) -> AsyncIterator[Served]:
-    limits = {"stall_s": PATIENT, "request_s": PATIENT, "ping_interval_s": PATIENT} | limits
+    limits = {
+        "stall_s": PATIENT,
+        "request_s": PATIENT,
+        "ping_interval_s": PATIENT,
+        "stranger_bytes_max": 2**24,
+    } | limits
     websocket, http = protocols(Limits(**limits))
     config = uvicorn.Config(app, http=http, ws=websocket, lifespan="off", log_config=None)
     config.load()

@@ -11,7 +11,7 @@ every event the core's invariants are checked (by the harness), and what the pee
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from hypothesis import HealthCheck, settings
@@ -47,7 +47,6 @@ from common.protocol import (
     Release,
     Replay,
     Snapshot,
-    Started,
     Stats,
     Submit,
     Superseded,
@@ -56,6 +55,7 @@ from common.protocol import (
 from common.protocol import State as EnginesChanged
 from tests.unit.broker.harness import Harness
 
+T = TypeVar("T")
 MODELS = ("a:latest", "b:latest")
 URL = "http://e"
 
@@ -72,7 +72,8 @@ class Call:
     submit: Submit
     attempt: int = 0
     lines: list[bytes] = field(default_factory=list)
-    accepted: bool = False
+    asking: bool = False
+    """Something is missing: ask until events or the end come."""
     cancelled: bool = False
     told: list[Message] = field(default_factory=list)
     over: End | Failed | None = None
@@ -117,8 +118,18 @@ class FakeWorker:
         return [(rid, work) for rid, work in self.leases.items() if work.terminal is None]
 
 
-pick = st.integers(0, 63)
+GONE = (Code.WORKER_LOST, Code.RESUME_GAP, Code.CANCELLED)
+"""After a terminal whose events are missing, the words for "nobody has them any more"."""
+
+CROSSED = (*GONE, Code.QUEUE_FULL, Code.MODEL_NOT_FOUND, Code.NO_WORKERS)
+"""After a terminal that counts, the answers to what was on its way: a replay, a cancel, a submission made again."""
+
+pick = st.integers(0, 7)
 """Chooses among what there is, by its remainder."""
+
+
+def chosen(things: list[T], which: int) -> T:
+    return things[which % len(things)]
 
 
 class Fabric(RuleBasedStateMachine):
@@ -129,6 +140,8 @@ class Fabric(RuleBasedStateMachine):
         self.workers: dict[str, FakeWorker] = {}
         self.peers: dict[bytes, FakeGateway | FakeWorker] = {}
         self.todo: list[tuple[bytes, Message, bytes]] = []
+        self.limbo: list[tuple[bytes, Message, bytes]] = []
+        """Said on a line that is broken now: it may still arrive, late."""
         self.numbers = 0
 
     # The wire ---------------------------------------------------------------------------------------------------------
@@ -138,21 +151,27 @@ class Fabric(RuleBasedStateMachine):
         return self.numbers
 
     def say(self, peer: bytes, message: Message, payload: bytes = b"") -> None:
-        """Send to the broker, and let everyone answer until nobody has anything to say."""
+        self.later(peer, message, payload)
+        self.settle()
+
+    def later(self, peer: bytes, message: Message, payload: bytes = b"") -> None:
         self.todo.append((peer, message, payload))
+
+    def settle(self) -> None:
+        """Let everyone answer until nobody has anything to say."""
         rounds = 0
         while self.todo:
             rounds += 1
             assert rounds < 2000, "the peers and the broker talk without end"
             peer, message, payload = self.todo.pop(0)
-            if peer not in self.peers:
-                continue
-            side = Side.GATEWAY if peer.startswith(b"g") else Side.WORKER
-            frame = protocol.encode(message, payload)
-            self.carry_out(self.h.feed(Received(side, peer, message, payload, frame)))
+            if peer in self.peers:
+                self.arrive(peer, message, payload)
+            else:
+                self.limbo.append((peer, message, payload))
 
-    def later(self, peer: bytes, message: Message, payload: bytes = b"") -> None:
-        self.todo.append((peer, message, payload))
+    def arrive(self, peer: bytes, message: Message, payload: bytes) -> None:
+        side = Side.GATEWAY if peer.startswith(b"g") else Side.WORKER
+        self.carry_out(self.h.feed(Received(side, peer, message, payload, protocol.encode(message, payload))))
 
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -175,11 +194,6 @@ class Fabric(RuleBasedStateMachine):
                     assert effect.side is Side.WORKER
                     self.worker_hears(peer, effect.message)
 
-    def settle(self) -> None:
-        """Let what was answered meanwhile be said."""
-        if self.todo:
-            self.say(*self.todo.pop(0))
-
     # Gateways ---------------------------------------------------------------------------------------------------------
 
     def gateway_hears(self, gateway: FakeGateway, message: Any, payload: bytes) -> None:
@@ -191,21 +205,20 @@ class Fabric(RuleBasedStateMachine):
         assert message.rid in gateway.calls, f"{gateway.name} hears of a request that is not its own: {message}"
         call = gateway.calls[message.rid]
         match message:
-            case Accepted():
-                call.accepted = True
+            case Accepted() if call.over is not None:
+                self.later(gateway.peer, Cancel(rid=message.rid))
             case Leased():
                 assert message.attempt >= call.attempt
                 if message.attempt > call.attempt:
                     assert not call.lines, "an attempt follows one that had streamed"
+                    call.told, call.asking = [], False
                 call.attempt = message.attempt
             case Lost():
                 assert not call.lines, "what had streamed cannot wait again"
-            case Started() | Chunk() | Gap() if call.over is None:
-                assert message.attempt == call.attempt
-                if isinstance(message, Chunk):
-                    self.chunk_arrives(gateway, call, message, payload)
-                elif isinstance(message, Gap) and message.top > len(call.lines):
-                    self.ask_again(gateway, call)
+            case Chunk() if call.over is None and message.attempt == call.attempt:
+                self.chunk_arrives(gateway, call, message, payload)
+            case Gap() if call.over is None and message.attempt == call.attempt:
+                self.ask(gateway, call)
             case End() | Failed():
                 self.terminal_arrives(gateway, call, message)
 
@@ -214,24 +227,29 @@ class Fabric(RuleBasedStateMachine):
         assert len(lines) == chunk.n
         assert lines == [line(chunk.rid, chunk.attempt, chunk.seq + i) for i in range(chunk.n)]
         if chunk.seq > len(call.lines):
-            self.ask_again(gateway, call)
+            self.ask(gateway, call)
             return
-        call.lines += lines[len(call.lines) - chunk.seq :]
+        new = lines[len(call.lines) - chunk.seq :]
+        call.lines += new
+        call.asking = call.asking and not new
         if call.told:
             self.terminal_arrives(gateway, call, call.told[-1], again=True)
 
-    def ask_again(self, gateway: FakeGateway, call: Call) -> None:
-        self.later(gateway.peer, Replay(rid=call.submit.rid, attempt=call.attempt, start=len(call.lines)))
+    def ask(self, gateway: FakeGateway, call: Call) -> None:
+        if not call.cancelled:
+            call.asking = True
+            self.later(gateway.peer, Replay(rid=call.submit.rid, attempt=call.attempt, start=len(call.lines)))
 
     def terminal_arrives(self, gateway: FakeGateway, call: Call, message: Any, *, again: bool = False) -> None:
         if not again:
             if call.over is not None:
-                cancelled_twice = call.cancelled and isinstance(message, Failed) and message.code is Code.CANCELLED
-                assert message == call.over or cancelled_twice, "a second, different terminal"
+                # What we said before we heard the first is answered too.
+                crossed = isinstance(message, Failed) and message.code in CROSSED
+                assert message == call.over or crossed, "a second, different terminal"
                 self.later(gateway.peer, Ack(rid=message.rid))
                 return
             # Until one counts, the only other word is that its missing events are gone.
-            lost = isinstance(message, Failed) and message.code in (Code.WORKER_LOST, Code.CANCELLED)
+            lost = isinstance(message, Failed) and message.code in GONE
             assert not call.told or message == call.told[-1] or lost
             call.told.append(message)
         at_once = isinstance(message, Failed) and message.code in (Code.CANCELLED, Code.DEADLINE_EXCEEDED)
@@ -241,7 +259,14 @@ class Fabric(RuleBasedStateMachine):
             if not call.acked:
                 call.over = message
         elif call.over is None:
-            self.ask_again(gateway, call)
+            self.ask(gateway, call)
+
+    def start_gateway(self, name: str) -> None:
+        """One that was there has died; its successor has another name, and knows nothing of the calls."""
+        if name in self.gateways:
+            self.peers.pop(self.gateways[name].peer, None)
+        self.gateways[name] = gateway = FakeGateway(f"{name}-{self.number()}")
+        self.connect_gateway(gateway)
 
     def connect_gateway(self, gateway: FakeGateway) -> None:
         self.peers.pop(gateway.peer, None)
@@ -306,6 +331,10 @@ class Fabric(RuleBasedStateMachine):
     def replay(self, worker: FakeWorker, message: Replay) -> None:
         work = worker.leases.get(message.rid)
         if work is None or work.attempt != message.attempt:
+            gap = Failed(
+                rid=message.rid, attempt=message.attempt, code=Code.RESUME_GAP, message="gone", seq=message.start
+            )
+            self.later(worker.peer, gap)
             return
         if work.events > message.start:
             self.later(worker.peer, *self.chunk_of(message.rid, work, message.start))
@@ -336,8 +365,18 @@ class Fabric(RuleBasedStateMachine):
         self.say(worker.peer, self.registration(worker))
 
     def start_worker(self, name: str, slots: int) -> None:
+        """One that was there is superseded, or had died."""
         self.workers[name] = worker = FakeWorker(name, f"epoch-{self.number()}", slots)
         self.connect_worker(worker)
+
+    def stream(self, worker: FakeWorker, rid: bytes, work: Work, n: int) -> None:
+        start = work.events
+        work.events += n
+        self.say(worker.peer, *self.chunk_of(rid, work, start))
+
+    def end(self, worker: FakeWorker, rid: bytes, work: Work) -> None:
+        work.terminal = End(rid=rid, attempt=work.attempt, seq=work.events, stats=Stats(done_reason="stop"))
+        self.say(worker.peer, work.terminal)
 
     def online(self) -> list[FakeWorker]:
         return [worker for worker in self.workers.values() if self.peers.get(worker.peer) is worker]
@@ -345,157 +384,53 @@ class Fabric(RuleBasedStateMachine):
     def busy(self) -> list[tuple[FakeWorker, bytes, Work]]:
         return [(worker, rid, work) for worker in self.workers.values() for rid, work in worker.running()]
 
-    # Rules: gateways and clients --------------------------------------------------------------------------------------
+    # Rules: what should happen ----------------------------------------------------------------------------------------
 
     @initialize(slots=st.integers(1, 3))
     def begin(self, slots: int) -> None:
-        self.gateway_starts("g1")
+        self.start_gateway("g1")
+        self.start_gateway("g2")
         self.start_worker("w1", slots)
-
-    @rule(name=st.sampled_from(["g1", "g2"]))
-    def gateway_starts(self, name: str) -> None:
-        """A gateway that was there has died: its successor has another name, and knows nothing of the calls."""
-        if name in self.gateways:
-            self.peers.pop(self.gateways[name].peer, None)
-        self.gateways[name] = gateway = FakeGateway(f"{name}-{self.number()}")
-        self.connect_gateway(gateway)
-
-    @rule(which=pick)
-    def gateway_loses_its_line(self, which: int) -> None:
-        gateways = list(self.gateways.values())
-        self.peers.pop(gateways[which % len(gateways)].peer, None)
-
-    @rule(which=pick)
-    def gateway_comes_back(self, which: int) -> None:
-        gateways = list(self.gateways.values())
-        self.connect_gateway(gateways[which % len(gateways)])
-
-    @precondition(lambda self: self.listening())
-    @rule(which=pick)
-    def gateway_chokes(self, which: int) -> None:
-        gateways = self.listening()
-        gateways[which % len(gateways)].deaf = True
-
-    @rule()
-    def gateways_read_again(self) -> None:
-        for gateway in self.gateways.values():
-            gateway.deaf = False
-
-    @precondition(lambda self: self.listening())
-    @rule(which=pick)
-    def gateway_leaves(self, which: int) -> None:
-        gateways = self.listening()
-        gateway = gateways[which % len(gateways)]
-        self.say(gateway.peer, Bye())
-        gateway.calls.clear()
-        self.peers.pop(gateway.peer)
+        self.start_worker("w2", slots)
 
     @precondition(lambda self: self.listening())
     @rule(
         which=pick,
-        model=st.sampled_from([*MODELS, "nowhere:latest"]),
-        deadline_ms=st.sampled_from([None, None, None, 300, 4000]),
+        model=st.sampled_from([*MODELS, *MODELS, *MODELS, "nowhere:latest"]),
+        deadline_ms=st.sampled_from([None, None, None, None, 300, 4000]),
+        times=st.integers(1, 4),
     )
-    def submit(self, which: int, model: str, deadline_ms: int | None) -> None:
-        gateways = self.listening()
-        gateway = gateways[which % len(gateways)]
-        number = self.number()
-        rid = number.to_bytes(16, "big")
-        submit = Submit(rid=rid, client="c", ref=str(number), model=model, path="/api/chat", deadline_ms=deadline_ms)
-        gateway.calls[rid] = Call(submit)
-        self.say(gateway.peer, submit, b"body")
+    def submit(self, which: int, model: str, deadline_ms: int | None, times: int) -> None:
+        gateway = chosen(self.listening(), which)
+        for _ in range(times):
+            number = self.number()
+            rid = number.to_bytes(16, "big")
+            submit = Submit(
+                rid=rid, client="c", ref=str(number), model=model, path="/api/chat", deadline_ms=deadline_ms
+            )
+            gateway.calls[rid] = Call(submit)
+            self.say(gateway.peer, submit, b"body")
 
-    @precondition(lambda self: self.calls())
-    @rule(which=pick)
-    def cancel(self, which: int) -> None:
-        calls = self.calls()
-        gateway, call = calls[which % len(calls)]
-        call.cancelled = True
-        self.say(gateway.peer, Cancel(rid=call.submit.rid, attempt=call.attempt))
-
-    @precondition(lambda self: self.calls())
-    @rule(which=pick)
-    def replay_asked(self, which: int) -> None:
-        calls = self.calls()
-        gateway, call = calls[which % len(calls)]
-        if call.attempt and not call.cancelled:
-            self.ask_again(gateway, call)
-            self.settle()
-
-    @rule()
-    def acknowledge(self) -> None:
-        for gateway in self.listening():
-            for rid, call in gateway.calls.items():
-                if call.over is not None and not call.acked:
-                    call.acked = True
-                    self.say(gateway.peer, Ack(rid=rid))
-
-    # Rules: workers ---------------------------------------------------------------------------------------------------
-
-    @rule(name=st.sampled_from(["w1", "w2", "w3"]), slots=st.integers(1, 3))
-    def worker_starts(self, name: str, slots: int) -> None:
-        """A process of this name that was there is superseded, or had died."""
-        self.start_worker(name, slots)
-
-    @rule(which=pick)
-    def worker_loses_its_line(self, which: int) -> None:
-        workers = list(self.workers.values())
-        self.peers.pop(workers[which % len(workers)].peer, None)
-
-    @rule(which=pick, forgets=st.sets(pick, max_size=2))
-    def worker_comes_back(self, which: int, forgets: set[int]) -> None:
-        workers = list(self.workers.values())
-        worker = workers[which % len(workers)]
-        for index, rid in enumerate(list(worker.leases)):
-            if index in forgets:
-                del worker.leases[rid]
-        self.connect_worker(worker)
-
-    @precondition(lambda self: self.online())
-    @rule(which=pick)
-    def worker_leaves(self, which: int) -> None:
-        workers = self.online()
-        worker = workers[which % len(workers)]
-        self.say(worker.peer, Bye())
-        worker.leases.clear()
-        self.peers.pop(worker.peer, None)
-
-    @precondition(lambda self: self.online())
-    @rule(which=pick, times=st.integers(1, 3))
-    def worker_will_refuse(self, which: int, times: int) -> None:
-        workers = self.online()
-        workers[which % len(workers)].refuses = times
-
-    @precondition(lambda self: self.online())
-    @rule(which=pick, slots=st.integers(1, 3), draining=st.booleans())
-    def worker_changes(self, which: int, slots: int, draining: bool) -> None:
-        workers = self.online()
-        worker = workers[which % len(workers)]
-        worker.slots, worker.draining = slots, draining
-        self.say(worker.peer, EnginesChanged(engines=(worker.engine,), draining=draining))
+    @precondition(lambda self: self.busy())
+    @rule(n=st.integers(1, 4))
+    def all_stream(self, n: int) -> None:
+        for worker, rid, work in self.busy():
+            self.stream(worker, rid, work, n)
 
     @precondition(lambda self: self.busy())
     @rule(which=pick, n=st.integers(1, 4))
-    def worker_streams(self, which: int, n: int) -> None:
-        busy = self.busy()
-        worker, rid, work = busy[which % len(busy)]
-        start = work.events
-        work.events += n
-        self.say(worker.peer, *self.chunk_of(rid, work, start))
+    def one_streams(self, which: int, n: int) -> None:
+        self.stream(*chosen(self.busy(), which), n)
 
     @precondition(lambda self: self.busy())
     @rule(which=pick)
-    def worker_ends(self, which: int) -> None:
-        busy = self.busy()
-        worker, rid, work = busy[which % len(busy)]
-        work.terminal = End(rid=rid, attempt=work.attempt, seq=work.events, stats=Stats(done_reason="stop"))
-        self.say(worker.peer, work.terminal)
+    def one_ends(self, which: int) -> None:
+        self.end(*chosen(self.busy(), which))
 
     @precondition(lambda self: self.busy())
     @rule(which=pick, retryable=st.booleans())
-    def worker_fails(self, which: int, retryable: bool) -> None:
-        busy = self.busy()
-        worker, rid, work = busy[which % len(busy)]
+    def one_fails(self, which: int, retryable: bool) -> None:
+        worker, rid, work = chosen(self.busy(), which)
         work.terminal = Failed(
             rid=rid,
             attempt=work.attempt,
@@ -506,7 +441,20 @@ class Fabric(RuleBasedStateMachine):
         )
         self.say(worker.peer, work.terminal)
 
-    # Rules: time ------------------------------------------------------------------------------------------------------
+    @precondition(lambda self: self.calls())
+    @rule(which=pick)
+    def cancel(self, which: int) -> None:
+        gateway, call = chosen(self.calls(), which)
+        call.cancelled = True
+        self.say(gateway.peer, Cancel(rid=call.submit.rid, attempt=call.attempt))
+
+    @rule()
+    def acknowledge(self) -> None:
+        for gateway in self.listening():
+            for rid, call in gateway.calls.items():
+                if call.over is not None and not call.acked:
+                    call.acked = True
+                    self.say(gateway.peer, Ack(rid=rid))
 
     @rule(seconds=st.sampled_from([0.1, 0.3, 1.0, 3.5]))
     def time_passes(self, seconds: float) -> None:
@@ -518,15 +466,77 @@ class Fabric(RuleBasedStateMachine):
                 beat_at = self.h.now + 1.0
                 for peer in list(self.peers):
                     self.say(peer, Beat())
+                for gateway, call in self.calls():
+                    if call.asking:
+                        self.ask(gateway, call)
             self.carry_out(self.h.tick())
             self.settle()
+
+    # Rules: what should not -------------------------------------------------------------------------------------------
+
+    @rule(which=pick, trouble=st.sampled_from(["line", "line", "choke", "choke", "bye", "death"]))
+    def gateway_trouble(self, which: int, trouble: str) -> None:
+        gateway = chosen(list(self.gateways.values()), which)
+        match trouble:
+            case "line":
+                self.peers.pop(gateway.peer, None)
+            case "choke":
+                gateway.deaf = True
+            case "bye" | "death":
+                if trouble == "bye":
+                    self.say(gateway.peer, Bye())
+                self.start_gateway(next(name for name, other in self.gateways.items() if other is gateway))
+
+    @rule(which=pick, reconnects=st.booleans())
+    def gateway_recovers(self, which: int, reconnects: bool) -> None:
+        gateway = chosen(list(self.gateways.values()), which)
+        gateway.deaf = False
+        if reconnects:
+            self.connect_gateway(gateway)
+
+    @rule(
+        which=pick,
+        trouble=st.sampled_from(["line", "line", "line", "refuse", "change", "bye", "death"]),
+        slots=st.integers(1, 3),
+        draining=st.booleans(),
+    )
+    def worker_trouble(self, which: int, trouble: str, slots: int, draining: bool) -> None:
+        worker = chosen(list(self.workers.values()), which)
+        match trouble:
+            case "line":
+                self.peers.pop(worker.peer, None)
+            case "refuse":
+                worker.refuses = slots
+            case "change":
+                worker.slots, worker.draining = slots, draining
+                self.say(worker.peer, EnginesChanged(engines=(worker.engine,), draining=draining))
+            case "bye":
+                worker.leases.clear()
+                self.say(worker.peer, Bye())
+                self.peers.pop(worker.peer, None)
+            case "death":
+                self.start_worker(worker.name, slots)
+
+    @rule(which=pick, forgets=st.sets(st.integers(0, 2)))
+    def worker_recovers(self, which: int, forgets: set[int]) -> None:
+        worker = chosen(list(self.workers.values()), which)
+        for index, rid in enumerate(list(worker.leases)):
+            if index in forgets:
+                del worker.leases[rid]
+        self.connect_worker(worker)
+
+    @precondition(lambda self: self.limbo)
+    @rule()
+    def an_old_line_delivers(self) -> None:
+        self.arrive(*self.limbo.pop(0))
+        self.settle()
 
     # The end ----------------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
         """Everyone comes back, works and waits: then nothing may be left."""
-        self.gateways_read_again()
         for gateway in self.gateways.values():
+            gateway.deaf = False
             if gateway not in self.listening():
                 self.connect_gateway(gateway)
         for worker in self.online():
@@ -534,14 +544,9 @@ class Fabric(RuleBasedStateMachine):
             self.say(worker.peer, EnginesChanged(engines=(worker.engine,)))
         self.start_worker("last", 3)
         for _ in range(40):
-            while self.busy():
-                self.worker_ends(0)
-                if not any(self.peers.get(worker.peer) is worker for worker, _, _ in self.busy()):
-                    break
-            for gateway, call in self.calls():
-                if call.attempt:
-                    self.ask_again(gateway, call)
-            self.settle()
+            for worker, rid, work in self.busy():
+                if worker in self.online():
+                    self.end(worker, rid, work)
             self.acknowledge()
             self.time_passes(1.0)
             if not self.calls() and not self.h.core.state.requests:
@@ -555,8 +560,9 @@ class Fabric(RuleBasedStateMachine):
 
 TestFabric = Fabric.TestCase
 TestFabric.settings = settings(
-    max_examples=120,
-    stateful_step_count=40,
+    max_examples=250,
+    stateful_step_count=50,
     deadline=None,
+    report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )

@@ -194,7 +194,8 @@ def test_every_error_code_is_listed_and_reserved_ones_are_not_used() -> None:
 
 # What stands in no setting, by the words the reference has for it.
 FIXED: dict[str, float] = {
-    "Message before authentication": websocket.UNAUTHENTICATED_FRAME_BYTES_MAX,
+    "Message before authentication": Limits().stranger_bytes_max,
+    "Values (strings, numbers, lists, maps) in a message over 256 KiB": messages.VALUES_MAX,
     "Request body to the engine": protocol.BODY_BYTES_MAX,
     "Age of a challenge": auth.CHALLENGE_S,
     "Time between the server's pings, and for the pong": Limits().ping_interval_s,
