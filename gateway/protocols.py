@@ -45,7 +45,7 @@ BATCH: Final = "weftline.batch"
 SLICE: Final = 4096
 # A fragment this small, and not a message's last, is no way to send anything.
 TINY: Final = 16
-SEND_BUFFER_BYTES: Final = 16 * 1024
+SEND_BUFFER_BYTES: Final = 64 * 1024
 BACKLOG: Final = 4096
 
 
@@ -80,7 +80,8 @@ def listener(host: str, port: int) -> socket.socket:
     """A listening TCP socket for uvicorn's `serve(sockets=[...])`; port 0 takes a free one. The caller closes it.
 
     The small send buffer, inherited by the sockets it accepts, lets a stalled peer be seen: in the kernel's growing
-    buffers 4 MB, five minutes of tokens, vanish into a peer that reads nothing.
+    buffers 4 MB, five minutes of tokens, vanish into a peer that reads nothing. It must hold a segment of the loopback
+    device (64 KiB), else every write of more waits for a delayed acknowledgement: 16 MiB took 9.8 s with 16 KiB.
 
     Raises:
         OSError: the address can't be resolved, or is in use.

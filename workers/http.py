@@ -15,6 +15,7 @@ import httptools
 IDLE_MAX: Final = 64
 """Connections kept for the next request; beyond it they are closed."""
 HEAD_BYTES_MAX: Final = 64 * 2**10
+"""What may come without a byte of a body: a head, and then trailers or chunk extensions, which the parser keeps."""
 
 
 class BrokenError(Exception):
@@ -106,12 +107,13 @@ class Connection(asyncio.Protocol):
         if self._head_complete and not self._head_told:
             self._head_told = True
             sink.head(self._parser.get_status_code(), self._content_type, self)
-        elif not self._head_complete:
+        if not self._pieces:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES_MAX:
-                self._end(BrokenError(f"its answer has a head of more than {HEAD_BYTES_MAX} bytes"))
+                self._end(BrokenError(f"its answer has a head or trailer of more than {HEAD_BYTES_MAX} bytes"))
                 return
-        if self._pieces:
+        else:
+            self._head_bytes = 0
             data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
             sink.body(data)

@@ -132,6 +132,10 @@ def chosen(things: list[T], which: int) -> T:
     return things[which % len(things)]
 
 
+away = st.sampled_from([0.05, 0.05, 1.5, 3.5])
+"""Seconds without a line: the last is longer than the broker waits."""
+
+
 class Fabric(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -525,6 +529,41 @@ class Fabric(RuleBasedStateMachine):
                 del worker.leases[rid]
         self.connect_worker(worker)
 
+    @precondition(lambda self: self.busy())
+    @rule(which=pick, n=st.integers(0, 3), ends=st.booleans(), drops=st.booleans(), seconds=away)
+    def work_goes_on_unseen(self, which: int, n: int, ends: bool, drops: bool, seconds: float) -> None:
+        """A worker's line breaks while it works; what it said meanwhile is lost, or arrives when it is back."""
+        worker, rid, work = chosen(self.busy(), which)
+        self.peers.pop(worker.peer, None)
+        if n:
+            self.stream(worker, rid, work, n)
+        if ends:
+            self.end(worker, rid, work)
+        if drops:
+            self.limbo.clear()
+        self.time_passes(seconds)
+        self.connect_worker(worker)
+
+    @precondition(lambda self: self.busy())
+    @rule(which=pick, n=st.integers(0, 3), ends=st.booleans(), chokes=st.booleans(), seconds=away)
+    def work_goes_on_unheard(self, which: int, n: int, ends: bool, chokes: bool, seconds: float) -> None:
+        """The gateways hear nothing of what a worker does."""
+        gateways = self.listening()
+        for gateway in gateways:
+            gateway.deaf = True
+            if not chokes:
+                self.peers.pop(gateway.peer)
+        worker, rid, work = chosen(self.busy(), which)
+        if n:
+            self.stream(worker, rid, work, n)
+        if ends:
+            self.end(worker, rid, work)
+        self.time_passes(seconds)
+        for gateway in gateways:
+            gateway.deaf = False
+            if not chokes:
+                self.connect_gateway(gateway)
+
     @precondition(lambda self: self.limbo)
     @rule()
     def an_old_line_delivers(self) -> None:
@@ -560,7 +599,7 @@ class Fabric(RuleBasedStateMachine):
 
 TestFabric = Fabric.TestCase
 TestFabric.settings = settings(
-    max_examples=250,
+    max_examples=400,
     stateful_step_count=50,
     deadline=None,
     report_multiple_bugs=False,
