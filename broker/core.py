@@ -354,7 +354,7 @@ class BrokerCore:
         return now - self._started < self.settings.settle_s
 
     def _unserved(self, rid: bytes, model: str, attempt: int) -> Failed:
-        models = tuple(sorted(map(short_name, self.state.models())))
+        models = self.state.names()
         if not models:
             return Failed(
                 rid=rid,
@@ -725,7 +725,7 @@ class BrokerCore:
         return Snapshot(
             id=query.id,
             what=query.what,
-            models=tuple(sorted(map(short_name, state.models()))),
+            models=state.names(),
             workers=len(state.workers),
             queued=len(self.scheduler),
             running=state.phases[Phase.LEASED] + state.phases[Phase.STREAMING],

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.protocol import Engine, Message, Model, Submit
+from common.protocol import Engine, Message, Model, Submit, short_name
 
 
 class Phase(Enum):
@@ -197,6 +197,11 @@ class State:
     def models(self) -> tuple[str, ...]:
         """The names of all models that can be served now, sorted."""
         return tuple(sorted(self._offers))
+
+    def names(self) -> tuple[str, ...]:
+        """The same as clients know them, embedding models last: who takes the first means one that answers."""
+        offers = sorted(self._offers.items(), key=lambda item: (item[1][0][2].embedding, short_name(item[0])))
+        return tuple(short_name(name) for name, _ in offers)
 
     def validate(self, queued: Iterable[Request]) -> None:
         """Check every rule of this module; `queued` is what the scheduler holds.

@@ -6,7 +6,6 @@ The answer, and nothing else, goes to stdout; prompts, places in the queue and a
 import contextlib
 import json
 import os
-import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,8 +27,6 @@ from common import logs
 from common.command import ConfigOption, DataDirOption, JsonOption
 from common.errors import AuthError, ProcessError, UnreachableError, UsageError
 
-EMBEDDING: Final = re.compile(r"embed|minilm|(^|[/-])(bge|e5|gte)-|paraphrase")
-"""Names of embedding models in Ollama's library: a gateway tells names only."""
 _QUOTE: Final = '"""'
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as in every shell."""
@@ -157,14 +154,14 @@ def told(error: WeftlineError) -> ProcessError:
 
 
 def default_model(names: Sequence[str]) -> str:
-    """The first model that one can talk to.
+    """The first model: gateways tell those that one can talk to before those that only embed.
 
     Raises:
         ProcessError: there is no model at all.
     """
     if not names:
         raise ProcessError("no model can be served now. See `weftline hosts`, or ask `weftline doctor`.")
-    return next((name for name in names if not EMBEDDING.search(name)), names[0])
+    return names[0]
 
 
 def parse_options(entries: Sequence[str]) -> dict[str, Any]:

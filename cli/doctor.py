@@ -30,9 +30,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import typer
-from weftline_client import AsyncClient, WeftlineError
+from weftline_client import AsyncClient, InvalidRequestError, WeftlineError
 
-from cli.chat import EMBEDDING, client_arguments, default_model, key_told, told
+from cli.chat import client_arguments, default_model, key_told, told
 from cli.fleet import age, ask, print_json, run
 from cli.keys import DEFAULT_URL
 from cli.settings import BrokerOption, ClientSettings, KeyOption, ModelOption, UrlOption
@@ -319,13 +319,15 @@ async def _as_client(settings: ClientSettings, arguments: dict[str, Any]) -> lis
 async def _generation(client: AsyncClient, model: str) -> Check:
     model = model or default_model(await client.models())
     start = time.perf_counter()
-    if EMBEDDING.search(model):
-        await client.embed("hello", model)
-        return Check("generation", Status.OK, f"{model} embedded a word in {_ms(start)} through the whole fabric")
     first = ""
     stream = client.generate("Say hello.", model, stream=True, options={"num_predict": 8})
-    async for _ in stream:
-        first = first or _ms(start)
+    try:
+        async for _ in stream:
+            first = first or _ms(start)
+    except InvalidRequestError:  # it does not generate
+        start = time.perf_counter()
+        await client.embed("hello", model)
+        return Check("generation", Status.OK, f"{model} embedded a word in {_ms(start)} through the whole fabric")
     result = stream.result
     if not first:
         remedy = "See the engine's own log; try the model there."
@@ -402,12 +404,13 @@ async def probe(url: str, told_slots: dict[str, int]) -> Check:
         version = (await _get(client, "/api/version"))["version"]
         loaded = [model["name"] for model in (await _get(client, "/api/ps")).get("models") or ()]
         listed = sorted((await _get(client, "/api/tags")).get("models") or (), key=lambda model: model.get("size", 0))
-        names = [name for name in (*loaded, *(model["name"] for model in listed)) if not EMBEDDING.search(name)]
-        if not names:
+        for model in dict.fromkeys((*loaded, *(model["name"] for model in listed))):
+            load = await client.post("/api/generate", json={"model": model, "prompt": "", "stream": False})
+            if load.status_code != 400:  # 400: it does not generate
+                break
+        else:
             return Check("engine", Status.WARN, f"{url} (version {version}) has no model to generate with")
-        model = names[0]
-        load = await client.post("/api/generate", json={"model": model, "prompt": "", "stream": False})
-        if load.status_code >= 400:
+        if load.is_error:
             finding = f"{url} cannot load {model}: {load.text.strip()[:200]}"
             return Check("engine", Status.FAIL, finding, "See the engine's log; is there memory enough?")
         streams = await asyncio.gather(*(_stream(client, model, number) for number in range(1, STREAMS + 1)))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from broker.state import STORY_MAX, TRANSITIONS, InvariantError, Phase, Request, State
+from common.protocol import Engine, Model
 from tests.unit.broker.harness import Harness, engine
 
 
@@ -51,6 +52,16 @@ def test_only_engines_that_are_up_offer_models(h: Harness) -> None:
     assert state.models() == ("m:latest",)
     assert [(w.name, e.url, m.name) for w, e, m in state.offers("m:latest")] == [("w1", "http://e1", "m:latest")]
     assert not state.offers("n:latest")
+
+
+def test_clients_are_told_models_that_answer_before_those_that_only_embed(h: Harness) -> None:
+    models = (
+        Model(name="all-minilm:latest", digest="e", embedding=True),
+        Model(name="llama2:latest", digest="l"),
+        Model(name="llama2:13b", digest="b"),
+    )
+    h.engines(Engine(url="http://e1", models=models))
+    assert h.core.state.names() == ("llama2", "llama2:13b", "all-minilm")
 
 
 def _drop_from_queue(state: State, queue: list[Request]) -> None:

@@ -193,19 +193,6 @@ def test_no_models(config: Path, gateway: FakeGateway, capsys: Capture) -> None:
     assert "no model can be served now" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("names", "chosen"),
-    [
-        (["nomic-embed-text", "all-minilm:33m", "bge-m3", "mistral"], "mistral"),
-        (["llama2", "mistral"], "llama2"),
-        (["someone/e5-large", "abge-x"], "abge-x"),
-        (["bge-m3"], "bge-m3"),
-    ],
-)
-def test_the_default_model_is_one_to_talk_to(names: Sequence[str], chosen: str) -> None:
-    assert default_model(names) == chosen
-
-
 def test_no_model_to_choose() -> None:
     with pytest.raises(ProcessError, match="weftline doctor"):
         default_model([])
