@@ -13,6 +13,7 @@ from common.errors import ProcessError
 PARENT = "WEFTLINE_PARENT_PID"
 """Set for a process that must not outlive the one that started it, even one killed with -9."""
 PARENT_INTERVAL_S = 1.0
+CLEAN_UP_S = 5.0
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int | None]]) -> int:
@@ -94,7 +95,10 @@ async def _stop_with_parent(stop: asyncio.Event) -> None:
 
 
 async def until(stop: asyncio.Event, *others: Awaitable[object]) -> None:
-    """Wait for `stop`, or for the first of `others` to end; its exception, if any, is raised."""
+    """Wait for `stop`, or for the first of `others` to end; its exception, if any, is raised.
+
+    What has not ended then is cancelled, and waited for at most CLEAN_UP_S.
+    """
     tasks = [asyncio.ensure_future(stop.wait()), *(asyncio.ensure_future(other) for other in others)]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -103,3 +107,4 @@ async def until(stop: asyncio.Event, *others: Awaitable[object]) -> None:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks, timeout=CLEAN_UP_S)

@@ -115,7 +115,7 @@ class Socket:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             hint = " Is another process using the port?" if error.errno == zmq.EADDRINUSE else ""
-            raise ProcessError(f"cannot bind {address}: {error.strerror}.{hint}") from None
+            raise ProcessError(f"cannot bind {address}: {zmq.strerror(error.errno or 0)}.{hint}") from None
         return self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
 
     def connect(self, address: str) -> None:

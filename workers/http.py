@@ -139,12 +139,15 @@ class Connection(asyncio.Protocol):
             self._framed = True
 
     def on_headers_complete(self) -> None:
-        self._head_complete = True
+        # A 1xx announces the answer and is none (RFC 9110 §15.2).
+        self._head_complete = self._parser.get_status_code() >= 200
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
 
     def on_message_complete(self) -> None:
+        if not self._head_complete:
+            return
         self._complete = True
         self.reusable = self.reusable and self._parser.should_keep_alive()
 

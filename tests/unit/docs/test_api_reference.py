@@ -16,7 +16,7 @@ from broker.core import POSITIONS_INTERVAL_S
 from broker.settings import BrokerSettings
 from common import protocol
 from common.errors import Code
-from gateway import auth, messages, websocket
+from gateway import auth, messages
 from gateway.protocols import Limits
 from gateway.settings import GatewaySettings
 from gateway.store import Client
