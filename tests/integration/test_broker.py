@@ -322,8 +322,6 @@ async def test_it_says_where_it_listens_and_ends_with_stop() -> None:
     assert await server.run(BrokerSettings(gateways=LOCAL, workers=LOCAL), stop, on_ready=ready) == 0
     [addresses] = heard
     assert addresses.gateways != addresses.workers
-    again = BrokerSettings(gateways=addresses.gateways, workers=addresses.workers)
-    assert await server.run(again, stop) == 0, "both ports are free again"
 
 
 @pytest.mark.parametrize("taken", ["gateways", "workers"])
