@@ -6,13 +6,20 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 GUIDES := tests/conformance/guides
 
-.PHONY: up test check lint types imports bench lock format clean
+.PHONY: up test faults simulation check lint types imports bench lock format clean
 
 up: $(VENV)/.run
 	@$(BIN)/weftline up $(ARGS)
 
 test: $(VENV)/.dev $(GUIDES)/node_modules
-	@$(BIN)/pytest --cov --cov-report=term:skip-covered $(ARGS)
+	@$(BIN)/pytest -m "not faults or quick" --cov --cov-report=term:skip-covered $(ARGS)
+
+# All fault tests, about a quarter of an hour; as root those with bad networks too.
+faults: $(VENV)/.dev
+	@$(BIN)/pytest -m faults $(ARGS)
+
+simulation: $(VENV)/.dev
+	@$(BIN)/python -m tests.simulation $(or $(ARGS),--requests 1000000)
 
 check: lint types imports
 

@@ -5,6 +5,8 @@
     websocket   weftline's protocol over asyncio's transport, frames parsed here: the least a client can cost
     weftline    `weftline_client.AsyncClient`, what a user of ours pays
 
+The lean two can also be told to stop what runs, as their kind does it: `stopping`.
+
 All decode every line or message with a typed decoder (`AsyncClient` with its own) and note when each token came.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from itertools import cycle
 from time import perf_counter
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -46,6 +48,10 @@ class Answer:
 
 Generate = Callable[[int], Coroutine[Any, Any, Answer]]
 """`generate(count)`: ask for `count` tokens and await them all; BenchError if anything else comes."""
+
+
+Stop = Callable[[], None]
+"""Stop everything that runs: `generate` returns what came until then."""
 
 
 class _Line(msgspec.Struct):
@@ -136,6 +142,12 @@ class _HttpConnection(_Connection):
         await self._done
         return answer
 
+    def stop(self) -> None:
+        """Leave, which is how Ollama's API is told to stop."""
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+        self._transport.abort()
+
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
@@ -159,14 +171,7 @@ class _HttpConnection(_Connection):
 @contextlib.asynccontextmanager
 async def over_lean_http(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
     """A kept connection per stream."""
-    host, port = _address(fabric.engine_url)
-    loop = asyncio.get_running_loop()
-    async with contextlib.AsyncExitStack() as stack:
-        idle: list[_HttpConnection] = []
-        for _ in range(streams):
-            _, connection = await loop.create_connection(lambda: _HttpConnection(f"{host}:{port}"), host, port)
-            stack.push_async_callback(connection.close)
-            idle.append(connection)
+    async with _https(fabric, streams) as idle:
 
         async def generate(count: int) -> Answer:
             connection = idle.pop()
@@ -175,6 +180,20 @@ async def over_lean_http(fabric: Fabric, streams: int) -> AsyncIterator[Generate
             return answer
 
         yield generate
+
+
+@contextlib.asynccontextmanager
+async def _https(fabric: Fabric, count: int) -> AsyncIterator[list[_HttpConnection]]:
+    """So many connections to the engine."""
+    host, port = _address(fabric.engine_url)
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        opened: list[_HttpConnection] = []
+        for _ in range(count):
+            _, connection = await loop.create_connection(lambda: _HttpConnection(f"{host}:{port}"), host, port)
+            stack.push_async_callback(connection.close)
+            opened.append(connection)
+        yield opened
 
 
 # Through the fabric ---------------------------------------------------------------------------------------------------
@@ -227,6 +246,10 @@ class WebSocketConnection(_Connection):
         self._transport.write(frame)
         await waiting.done
         return answer
+
+    def stop(self) -> None:
+        """Stop every stream under way; the gateway says of each that it has ended."""
+        self._transport.write(b"".join(_frame({"type": "stop", "id": ref}) for ref in self._waiting))
 
     async def close(self) -> None:
         self._transport.write(Frame(Opcode.CLOSE, Close(CloseCode.NORMAL_CLOSURE, "").serialize()).serialize(mask=True))
@@ -328,6 +351,14 @@ class WebSocketConnection(_Connection):
 @contextlib.asynccontextmanager
 async def over_websocket(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
     """The streams share `connections(streams)` connections."""
+    async with _websockets(fabric, connections(streams)) as opened:
+        turns = cycle(opened)
+        yield lambda count: next(turns).generate(count)
+
+
+@contextlib.asynccontextmanager
+async def _websockets(fabric: Fabric, count: int) -> AsyncIterator[list[WebSocketConnection]]:
+    """So many authenticated connections."""
     host, port = _address(fabric.gateway_url)
     config = load_config(fabric.key)
     signer = Signer(None, config["private_key_path"], config["signature_algorithm"])
@@ -338,14 +369,13 @@ async def over_websocket(fabric: Fabric, streams: int) -> AsyncIterator[Generate
 
     async with contextlib.AsyncExitStack() as stack:
         opened: list[WebSocketConnection] = []
-        for _ in range(connections(streams)):
+        for _ in range(count):
             _, connection = await loop.create_connection(protocol, host, port)
             stack.push_async_callback(connection.close)
             async with asyncio.timeout(CONNECT_S):
                 await connection.ready
             opened.append(connection)
-        turns = cycle(opened)
-        yield lambda count: next(turns).generate(count)
+        yield opened
 
 
 @contextlib.asynccontextmanager
@@ -367,6 +397,57 @@ async def over_weftline_client(fabric: Fabric, streams: int) -> AsyncIterator[Ge
             return answer
 
         yield generate
+
+
+# Stopping -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def stopping(client: str, fabric: Fabric, streams: int) -> AsyncIterator[tuple[Generate, Stop]]:
+    """`client` is "lean", whose connections serve until `stop` only, or "websocket"; one connection per stream."""
+    async with _https(fabric, streams) if client == "lean" else _websockets(fabric, streams) as opened:
+        turns: cycle[_HttpConnection | WebSocketConnection] = cycle(opened)
+
+        def stop() -> None:
+            for connection in opened:
+                connection.stop()
+
+        yield lambda count: next(turns).generate(count), stop
+
+
+class Slots:
+    """Asks the engine for its own count of busy slots, on a connection of its own. Use `async with`."""
+
+    def __init__(self, engine_url: str) -> None:
+        self._host, self._port = _address(engine_url)
+
+    async def __aenter__(self) -> Self:
+        self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+    async def busy(self) -> int:
+        """Requests at work now, of all models."""
+        self._writer.write(f"GET /debug/slots HTTP/1.1\r\nhost: {self._host}:{self._port}\r\n\r\n".encode())
+        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        _, _, rest = head.partition(b"\r\ncontent-length:")
+        body = await self._reader.readexactly(int(rest.split(b"\r\n", 1)[0]))
+        return sum(model.busy for model in _decode_slots(body).models.values())
+
+
+class _ModelSlots(msgspec.Struct):
+    busy: int
+
+
+class _AllSlots(msgspec.Struct):
+    models: dict[str, _ModelSlots]
+
+
+_decode_slots: Final = msgspec.json.Decoder(_AllSlots).decode
 
 
 def connections(streams: int) -> int:

@@ -23,9 +23,9 @@ import msgspec
 import typer
 
 from bench import clients, fabric
-from bench.clients import PROMPT, Answer, Generate
+from bench.clients import PROMPT, Answer, Generate, Slots, stopping
 from bench.fabric import BenchError, Fabric
-from bench.figures import Figures, Run, aims, figures, report, run_of
+from bench.figures import Figures, Run, Stops, aims, figures, report, run_of, spread
 from common import process
 from common.command import run_command
 from common.errors import UsageError
@@ -40,6 +40,12 @@ OPEN: Final[dict[str, Callable[[Fabric, int], AbstractAsyncContextManager[Genera
 }
 RUN_S_MAX: Final = 30.0
 WARM_UP_S: Final = 0.2
+STOPPED: Final = ("lean", "websocket")
+STOP_STREAMS: Final = 8
+STOP_TIMES: Final = 20
+STOP_TOKENS: Final = 100_000
+"""More than a stream brings before it is stopped."""
+STOP_POLL_S: Final = 0.001
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -135,6 +141,44 @@ async def measure(loads: Sequence[Load], rounds: int, folder: Path) -> tuple[lis
     return found, max(0.0, others_s / sum(run.window_s for run in runs))
 
 
+async def measure_stops(folder: Path, times: int = STOP_TIMES) -> list[Stops]:
+    """How long a stop takes to reach the engine: STOP_STREAMS streams of 50 tokens/s, all stopped at once.
+
+    Measured by the engine's own count of busy slots, asked for every STOP_POLL_S: a figure is late by one poll at most.
+
+    Raises:
+        BenchError: the fabric did not start, or its streams did not, or did not stop.
+    """
+    samples: dict[str, list[float]] = {client: [] for client in STOPPED}
+    async with (
+        fabric.running(folder, tokens_per_s=50, slots=STOP_STREAMS) as target,
+        Slots(target.engine_url) as slots,
+    ):
+
+        async def until(count: int, why: str) -> None:
+            try:
+                async with asyncio.timeout(RUN_S_MAX):
+                    while await slots.busy() != count:  # noqa: ASYNC110 - the engine tells nobody
+                        await asyncio.sleep(STOP_POLL_S)
+            except TimeoutError:
+                raise BenchError(f"the engine's slots were not {why} within {RUN_S_MAX:g} s") from None
+
+        for number in range(1, times + 1):
+            print(f"stop, {number} of {times}", file=sys.stderr, flush=True)
+            for client in STOPPED:
+                async with stopping(client, target, STOP_STREAMS) as (generate, stop), asyncio.TaskGroup() as group:
+                    for _ in range(STOP_STREAMS):
+                        group.create_task(generate(STOP_TOKENS))
+                    await until(STOP_STREAMS, "all busy")
+                    # Somewhere between two tokens, another place each time.
+                    await asyncio.sleep(WARM_UP_S + number / times / 50)
+                    stopped_s = perf_counter()
+                    stop()
+                    await until(0, "free")
+                    samples[client].append((perf_counter() - stopped_s) * 1000)
+    return [Stops(client, STOP_STREAMS, times, spread(ms)) for client, ms in samples.items()]
+
+
 def machine() -> dict[str, Any]:
     """What the figures were made on."""
     return {
@@ -153,6 +197,7 @@ async def bench(*, quick: bool) -> dict[str, Any]:
     groups = loads(quick=quick)
     with tempfile.TemporaryDirectory(prefix="weftline-bench-") as folder:
         results = [await measure(group, rounds, Path(folder)) for group in groups]
+        stops = await measure_stops(Path(folder))
     (paced, _), (fast, _), (full, _) = results
     return {
         "machine": machine(),
@@ -161,13 +206,14 @@ async def bench(*, quick: bool) -> dict[str, Any]:
         "loads": [load for group in groups for load in group],
         "paced": paced,
         "fast": [*fast, *full],
-        "aims": aims(paced, [*fast, *full]),
+        "stops": stops,
+        "aims": aims(paced, [*fast, *full], stops),
     }
 
 
 def streams(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Half a minute instead of three: fewer loads, rougher figures.")
+        bool, typer.Option("--quick", help="A minute instead of four: fewer loads, rougher figures.")
     ] = False,
     json: Annotated[
         Path | None, typer.Option(help="Where the figures go. [bench/results/streams-DATE.json]", metavar="FILE")
@@ -185,12 +231,17 @@ def streams(
         except OSError as error:
             raise UsageError(f"cannot write {file}: {error.strerror}. Choose another with --json FILE.") from None
         work = asyncio.create_task(bench(quick=quick))
-        await process.until(stop, work)
-        if not work.done():
-            return 1
-        result = work.result()
-        file.write_bytes(msgspec.json.format(msgspec.json.encode({"date": date, **result})) + b"\n")
-        print(report(result["paced"], result["fast"]))
+        try:
+            await process.until(stop, work)
+            if stop.is_set():
+                print("stopped", file=sys.stderr)
+                return 1
+            result = work.result()
+            file.write_bytes(msgspec.json.format(msgspec.json.encode({"date": date, **result})) + b"\n")
+        finally:
+            if not file.stat().st_size:
+                file.unlink()
+        print(report(result["paced"], result["fast"], result["stops"]))
         print(f"\nOther processes kept {result['others_cores']:.2f} of {os.cpu_count()} cores busy meanwhile.")
         print(f"All figures: {file}")
         return 0

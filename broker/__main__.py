@@ -8,7 +8,7 @@ import typer
 from broker import server
 from broker.settings import BrokerSettings
 from common import logs, process
-from common.command import ConfigOption, InsecureOption, LogFormatOption, LogLevelOption, run_command
+from common.command import ConfigOption, InsecureOption, LogFormatOption, LogLevelOption, raise_file_limit, run_command
 
 
 def broker(
@@ -31,6 +31,7 @@ def broker(
         config=config,
     )
     logs.setup(level=settings.log_level, fmt=settings.log_format)
+    raise_file_limit()
     return process.run(lambda stop: server.run(settings, stop))
 
 

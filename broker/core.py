@@ -5,50 +5,72 @@ Theory of operation
 `handle(event, now)` and `tick(now)` return effects for the shell to carry out, in order. The core reads no clock, draws
 no random numbers and touches no socket; `nonce` (32 random bits) is given to it at birth.
 
-    submit ──> QUEUED ──leased──> LEASED ──first chunk──> STREAMING ──end/failed──> ENDED ──ack──> (removed)
-                  ^                 │                         │
-                  └─ worker lost, refused, failed before      └─ worker lost: WORKER_LOST, the partial text stays
-                     the first event (at most 3 failures)         with the client
+    submit ──> QUEUED ──leased──> LEASED ──first chunk──> STREAMING ──end/failed──> ENDED ──ack──> (kept) ──> (removed)
+                ^ ^ ^               │                         │                     │
+                │ │ └─ worker lost, refused, failed before    └─ worker lost: ENDED │
+                │ │    the first event (at most 3 failures)                         │
+                │ └──────── its gateway submits it again, to be continued ──────────┘
+            RECOVERING ──claimed──> LEASED
 
-Rules that keep the promises:
+Rules that keep the promises (those about the time before this broker: broker/recovery.py):
 
-- **Every accepted request gets exactly one terminal.** `_end` is the only place that makes one, and it is made once:
-  a request without a phase can't be ended again.
+- **Every accepted request gets exactly one terminal** from its gateway, which decides by what it delivered. Here `_end`
+  is the only place that ends an attempt; a failure marked `resubmit` asks the gateway whether it wants another.
 - **`register` is the truth** about a worker's leases: what it does not claim is queued again, or lost if it had
-  streamed; what it claims and the core does not know is cancelled; for each lease both know the gateway hears `gap`.
-- **A message of an attempt that holds no lease** is dropped and answered with `cancel`.
+  streamed; what it claims and nobody else knows of is taken up or cancelled; for each lease that stays the gateway
+  hears `gap`. A worker that was taken for dead gets its lease back as long as no other attempt has taken its place.
+- **Attempts are ordinals**; the next is one more than the highest known. A message of an attempt that holds no lease is
+  dropped and answered with `cancel`.
 - **`leased` goes to the gateway before `assign` goes to the worker**, so no event overtakes the news of its attempt.
 - **`submit` is idempotent by rid.** A gateway that reconnects submits everything without a terminal again; what the
-  core still holds is told again, what it does not know starts anew unless events had been delivered.
+  core holds is told again, unless it does not go on from what the gateway has: then it is given up, and the request
+  runs as submitted. A continuation is submitted the same way.
+- **The broker owns the resume timer.** A request whose client (`detach`) or gateway is gone runs on until `expires`;
+  `attach` describes it to the gateway where its client came back, which takes it by submitting it with the next
+  `attachment`. A gateway's word counts only for what is its own; of two that submit the same request the one with the
+  higher `attachment` has it, and the other hears `detached`.
 - A peer that is silent for three heartbeats is lost. A line that breaks is not: the peer comes back with `register` or
   `hello` under a new routing id, or the heartbeats run out. One that could not be sent something and still speaks is
   answered `who`: only a `register` or `hello` repairs what it missed.
 """
 
 import heapq
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec.structs import replace
+
 from broker.events import Effect, Event, Forward, Note, Overflowed, Received, Send, Side, Unreachable
+from broker.recovery import ATTACHES_MAX, Window, agrees, believes
 from broker.scheduler import Scheduler, WarmFirst
 from broker.settings import BrokerSettings
-from broker.state import RUNNING, Gateway, Phase, Request, State, Worker
+from broker.state import RUNNING, Gateway, Phase, Request, State, Worker, check
 from common.errors import Code
 from common.protocol import (
     ATTEMPTS_MAX,
     BODY_BYTES_MAX,
+    ERROR_TEXT_MAX,
     HEARTBEAT_INTERVAL_S,
-    HEARTBEATS_MISSED_MAX,
+    SILENCE_S,
     VERSION,
     Accepted,
     Ack,
+    Admin,
     Assign,
+    Attach,
+    Attached,
     Beat,
     Bye,
     Cancel,
     Chunk,
+    Claim,
+    Detach,
+    Detached,
+    Drain,
     End,
     Error,
     Failed,
+    Forgotten,
     Gap,
     Hello,
     Host,
@@ -56,6 +78,7 @@ from common.protocol import (
     Leased,
     Lost,
     Message,
+    Probe,
     Query,
     Queued,
     Refused,
@@ -77,17 +100,24 @@ from common.protocol import State as EnginesChanged
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SILENCE_S: Final = HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX
 POSITIONS_INTERVAL_S: Final = 2.0
 POSITIONS_MAX: Final = 500
 """Positions told in one tick: recounting and telling all of 10,000 stalls the broker for 7 ms."""
 REFUSED_PAUSE_S: Final = 0.25
 """A worker that refused an assign gets no other for so long: its own view of its slots must reach us first."""
 SNAPSHOT_JOBS_MAX: Final = 1000
+PEERS_MAX: Final = 10_000
+"""Workers, and gateways; one more is turned away."""
+FAILURE_BYTES_MAX: Final = 64 * 2**10
+"""Kept of an engine's own words for a failure, until its gateway acknowledges."""
+FAILURE_TEXT_MAX: Final = 2000
+FAILURE_MODELS_MAX: Final = 1000
 STALL_S: Final = 2 * HEARTBEAT_INTERVAL_S
 """A tick this late means that this process was stopped: it has heard nobody, so nobody counts as silent."""
-DEADLINES_SLACK: Final = 64
-"""Entries of the deadline heap that may be of requests that are over, beside as many as there are requests."""
+TIMERS_SLACK: Final = 64
+"""Entries of the heap of timers that may be of requests that are over, beside three for each there is."""
+EPOCHS_MAX: Final = 10_000
+"""Names of workers, and as many processes replaced by a newer one of their name: one that comes back must not win."""
 
 
 class BrokerCore:
@@ -99,12 +129,14 @@ class BrokerCore:
         self.scheduler = scheduler or WarmFirst()
         self.garbled = 0
         self._nonce = nonce
-        self._started = now
-        self._order = 0
+        self._window = Window(settings.recover_s, nonce, now)
         self._registrations = 0
+        self._epochs: dict[str, str] = {}
+        self._superseded: dict[str, None] = {}
         self._client_waiting: dict[str, int] = {}
         self._served: dict[str, float] = {}
-        self._deadlines: list[tuple[float, bytes]] = []
+        self._timers: list[tuple[float, bytes]] = []
+        self._kept: dict[bytes, None] = {}  # acknowledged requests that clients can resume, oldest first
         self._ticked = now
         self._next_beat = now
         self._next_positions = now + POSITIONS_INTERVAL_S
@@ -113,6 +145,8 @@ class BrokerCore:
         self._from_gateway: dict[type, Callable[[Gateway, Any, bytes, float], None]] = {
             Submit: self._on_submit,
             Cancel: self._on_cancel,
+            Detach: self._on_detach,
+            Attach: self._on_attach,
             Replay: self._on_replay,
             Ack: self._on_ack,
             Beat: self._nothing,
@@ -121,6 +155,7 @@ class BrokerCore:
         }
         self._from_worker: dict[type, Callable[[Worker, Any, bytes, float], None]] = {
             Started: self._on_started,
+            Forgotten: self._on_forgotten,
             End: self._on_end,
             Failed: self._on_failed,
             Refused: self._on_refused,
@@ -140,7 +175,7 @@ class BrokerCore:
                 gateway_peer = self.route(event.peer, event.message, now)
                 if gateway_peer is None:
                     self._stale(event.peer, event.message.rid, event.message.attempt)
-                else:
+                elif gateway_peer:
                     out.append(Forward(gateway_peer, event.message.rid, event.frame))
                 return out
             case Received(side=Side.WORKER):
@@ -153,7 +188,7 @@ class BrokerCore:
                     return out
             case Overflowed():
                 request = self.state.requests.get(event.rid)
-                if request is not None:
+                if request is not None and request.gateway is not None:
                     request.gateway.gapped.add(event.rid)
                 return out
             case Unreachable(side=Side.WORKER):
@@ -174,7 +209,8 @@ class BrokerCore:
     def route(self, peer: bytes, chunk: Chunk, now: float) -> bytes | None:
         """The hot path of `handle`: the gateway to which a worker's chunk goes on, its frame unchanged.
 
-        None: the attempt holds no lease of this worker, and `handle` has the answer.
+        b"": nobody's at the moment; the worker keeps it. None: the attempt holds no lease of this worker, and `handle`
+        has the answer.
         """
         request = self.state.requests.get(chunk.rid)
         if request is None or request.attempt != chunk.attempt:
@@ -188,7 +224,7 @@ class BrokerCore:
         top = chunk.seq + chunk.n
         if top > request.events:
             request.events = top
-        return request.gateway.peer
+        return request.gateway.peer if request.gateway is not None else b""
 
     def tick(self, now: float) -> list[Effect]:
         """Do what time demands: heartbeats out, the silent declared lost, deadlines, positions."""
@@ -200,14 +236,22 @@ class BrokerCore:
                 gateway.seen = now
         self._ticked = now
         for worker in [w for w in self.state.workers.values() if now - w.seen > SILENCE_S]:
-            self._lose_worker(worker, "silent for three heartbeats", now)
+            self._lose_worker(worker, "silent for three heartbeats", now, silent=True)
         for gateway in [g for g in self.state.gateways.values() if now - g.seen > SILENCE_S]:
-            self._lose_gateway(gateway, "silent for three heartbeats")
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, rid = heapq.heappop(self._deadlines)
+            self._lose_gateway(gateway, "silent for three heartbeats", now)
+        while self._timers and self._timers[0][0] <= now:
+            at, rid = heapq.heappop(self._timers)
             request = self.state.requests.get(rid)
-            if request is not None and request.deadline == deadline and request.phase is not Phase.ENDED:
+            if request is None:
+                continue
+            if request.deadline == at and request.phase is not Phase.ENDED:
                 self._stop(request, Code.DEADLINE_EXCEEDED, "the request's deadline has passed", now)
+            elif request.expires == at:
+                self._stop(request, Code.CANCELLED, "its client did not come back", now)
+            elif request.claim_by == at and request.phase is Phase.RECOVERING:
+                self._unclaimed(request, now)
+        if self._window.until <= now:
+            self._close_window()
         for gateway in self.state.gateways.values():
             while gateway.gapped:
                 self._tell_gap(self.state.requests[gateway.gapped.pop()])
@@ -218,12 +262,13 @@ class BrokerCore:
             for gateway in self.state.gateways.values():
                 self._send(Side.GATEWAY, gateway.peer, Beat())
             self._end_unserved(now)
-            for request in [r for r in self.state.requests.values() if r.phase is Phase.ENDED]:
-                if now - request.ended > self.settings.ack_s:
-                    self._forget(request)
-            if len(self._deadlines) > 2 * len(self.state.requests) + DEADLINES_SLACK:
-                self._deadlines = [(r.deadline, r.rid) for r in self.state.requests.values() if r.deadline is not None]
-                heapq.heapify(self._deadlines)
+            for request in [r for r in self.state.requests.values() if r.phase is Phase.ENDED and r.expires is None]:
+                if now - request.told > self.settings.ack_s:
+                    self._forget(request, now)
+            if len(self._timers) > 3 * len(self.state.requests) + TIMERS_SLACK:
+                requests = self.state.requests.values()
+                timers = {(at, r.rid) for r in requests for at in (r.deadline, r.expires, r.claim_by) if at is not None}
+                self._timers = sorted(timers)
         for worker in self.state.workers.values():
             if worker.paused_until <= now:
                 worker.paused_until = 0.0
@@ -236,32 +281,40 @@ class BrokerCore:
     def next_deadline(self) -> float:
         """When `tick` should be called at the latest."""
         paused = [worker.paused_until for worker in self.state.workers.values() if worker.paused_until]
-        soonest = min([self._next_beat, self._next_positions, *paused])
-        return min(soonest, self._deadlines[0][0]) if self._deadlines else soonest
+        held = [self._window.hold_until] if self._window.hold_until > self._ticked else []
+        return min([self._next_beat, self._next_positions, *paused, *held, *(at for at, _ in self._timers[:1])])
 
     def validate(self) -> None:
         """Check every invariant; used by tests after every event."""
         self.state.validate(request for _, request in self.scheduler.waiting())
+        waiting = Counter(request.submit.client for _, request in self.scheduler.waiting())
+        check(waiting == self._client_waiting, "the waiting of each client are miscounted")
+        for rid in self._kept:
+            kept = self.state.requests[rid]
+            check(kept.phase is Phase.ENDED and kept.expires is not None, f"{kept!r} is kept for ever")
 
     # Gateways ---------------------------------------------------------------------------------------------------------
 
     def _gateway_says(self, event: Received, now: float) -> None:
         message = event.message
+        if isinstance(message, Probe):
+            self._send(Side.GATEWAY, event.peer, Beat())
+            return
         if isinstance(message, Query):
             self._send(Side.GATEWAY, event.peer, self._snapshot(message, now))
+            return
+        if isinstance(message, Admin):
+            self._on_admin(event.peer, message, now)
             return
         if isinstance(message, Hello):
             self._on_hello(event.peer, message, now)
             return
         gateway = self.state.gateways.get(event.peer)
-        handler = self._from_gateway.get(type(message))
-        if handler is None:
-            self._refuse_type(event)
-        elif gateway is not None:
+        if gateway is not None:
             gateway.seen = now
             if not gateway.reachable and not isinstance(message, Bye):
                 self._send(Side.GATEWAY, event.peer, Who())
-            handler(gateway, message, event.payload, now)
+            self._from_gateway[type(message)](gateway, message, event.payload, now)
         elif not isinstance(message, Bye):
             self._send(Side.GATEWAY, event.peer, Who())
 
@@ -270,9 +323,13 @@ class BrokerCore:
             return
         other = self.state.gateways.get(peer)
         if other is not None and other.name != message.name:
-            self._lose_gateway(other, "took another name")
+            self._lose_gateway(other, "took another name", now)
         gateway = self.state.gateways_by_name.get(message.name)
+        if gateway is None and len(self.state.gateways) >= PEERS_MAX:
+            self._turn_away(Side.GATEWAY, peer)
+            return
         if gateway is None:
+            self._meet(now)
             gateway = Gateway(name=message.name, peer=peer, seen=now)
             self._note("gateway connected", gateway=message.name)
         else:
@@ -281,38 +338,157 @@ class BrokerCore:
         self.state.gateways[peer] = self.state.gateways_by_name[message.name] = gateway
         self._send(Side.GATEWAY, peer, self._snapshot(Query(id=0), now))
 
+    def _on_admin(self, peer: bytes, message: Admin, now: float) -> None:
+        worker = self.state.workers.get(message.target)
+        if worker is None or message.action not in ("drain", "resume"):
+            hosts = ", ".join(sorted(self.state.workers)) or "none"
+            text = f"cannot {message.action} {message.target!r}; the hosts are: {hosts}"
+            self._send(Side.GATEWAY, peer, Error(code=Code.NOT_FOUND, message=text[:ERROR_TEXT_MAX]))
+            return
+        worker.draining = message.action == "drain"
+        self._note("host told to " + message.action, worker=worker.name)
+        self._send(Side.WORKER, worker.peer, Drain(on=worker.draining))
+        self._send(Side.GATEWAY, peer, self._snapshot(Query(id=message.id, what="hosts"), now))
+
     def _on_submit(self, gateway: Gateway, submit: Submit, body: bytes, now: float) -> None:
         known = self.state.requests.get(submit.rid)
+        rival = self.state.refs.get((submit.client, submit.ref)) if submit.grace_ms else None
+        ordinal, failures, failed_on = ordinal_of(submit.attempt), 0, set[str]()
         if known is not None:
-            if known.gateway is gateway:
+            if self._is_anothers(known, gateway, submit):
+                return
+            if submit.attachment < known.attachment:
+                # It asked for the request meanwhile, and gets it: this is from before.
                 self._tell_again(known)
-            else:
-                text = "another gateway holds a request of this rid"
-                taken = Failed(rid=submit.rid, attempt=submit.attempt, code=Code.DUPLICATE_ID, message=text)
-                self._send(Side.GATEWAY, gateway.peer, taken)
-            return
-        refusal = self._refusal(submit, body, now)
+                return
+            self._take_from(known, gateway)
+            if agrees(known, submit):
+                self._take_back(known, gateway, submit, body, now)
+                return
+            ordinal, failures, failed_on = max(ordinal, known.ordinal), known.failures, known.failed_on
+            self._discard(known, now)
+        elif rival is not None:
+            if rival.expires is None:
+                self._refuse_duplicate(gateway, submit, "a request with this id of this client is running")
+                return
+            self._tell(rival, Detached(rid=rival.rid))
+            self._discard(rival, now)
+        refusal = None if submit.accepted else self._refusal(submit, body, now)
         if refusal is not None:
             self._send(Side.GATEWAY, gateway.peer, refusal)
             return
-        self._order += 1
+        if submit.accepted and known is None:
+            self._window.trace(now)
+            self._window.hold(now)
+        continues = submit.lost and submit.next_seq > 0
         request = Request(
             rid=submit.rid,
             submit=submit,
             body=body,
             gateway=gateway,
             accepted=now - submit.waited_ms / 1000,
-            order=self._order,
-            ordinal=ordinal_of(submit.attempt),
-            deadline=None if submit.deadline_ms is None else now + submit.deadline_ms / 1000,
+            start=submit.next_seq if continues else 0,
+            body_bytes=submit.body_bytes if continues else len(body),
+            events=submit.next_seq,
+            attachment=submit.attachment,
+            ordinal=ordinal,
+            failures=failures,
+            failed_on=failed_on,
         )
         self._send(Side.GATEWAY, gateway.peer, Accepted(rid=submit.rid))
-        position = self._queue(request)
+        self._set_timers(request, submit, now)
+        if submit.attempt and not submit.lost:
+            request.attempt = submit.attempt
+            self.state.move(request, Phase.RECOVERING)
+            if self._window.made_here(submit.attempt):
+                self._unclaimed(request, now)
+            else:
+                request.claim_by = now + self.settings.recover_s
+                heapq.heappush(self._timers, (request.claim_by, request.rid))
+        else:
+            position = self._queue(request)
+            self._place(now)
+            if request.phase is Phase.QUEUED:
+                self._tell_position(request, position)
+        self._attach_waiting(request, now)
+
+    def _is_anothers(self, known: Request, gateway: Gateway, submit: Submit) -> bool:
+        """Whether another gateway holds what this one submits; it hears so."""
+        if known.gateway is gateway:
+            return False
+        if submit.attachment < known.attachment:
+            self._send(Side.GATEWAY, gateway.peer, Detached(rid=submit.rid))
+            return True
+        if known.gateway is not None and submit.attachment == known.attachment:
+            self._refuse_duplicate(gateway, submit, "another gateway holds a request of this rid")
+            return True
+        return False
+
+    def _refuse_duplicate(self, gateway: Gateway, submit: Submit, text: str) -> None:
+        taken = Failed(rid=submit.rid, attempt=submit.attempt, code=Code.DUPLICATE_ID, message=text)
+        self._send(Side.GATEWAY, gateway.peer, taken)
+
+    def _take_from(self, request: Request, gateway: Gateway) -> None:
+        """The request is this gateway's; another that had it hears so."""
+        if request.gateway is not None and request.gateway is not gateway:
+            self._send(Side.GATEWAY, request.gateway.peer, Detached(rid=request.rid))
+        self.state.hand_over(request, gateway)
+
+    def _take_back(self, request: Request, gateway: Gateway, submit: Submit, body: bytes, now: float) -> None:
+        """A gateway submits again what is held here, and is told where it is."""
+        known = request.submit
+        request.submit = replace(submit, client=known.client, ref=known.ref, model=known.model, grace_ms=known.grace_ms)
+        request.attachment, request.told = submit.attachment, now
+        self._unkeep(request)
+        self._set_timers(request, submit, now)
+        if submit.attempt == request.attempt:
+            request.events = max(request.events, submit.next_seq)
+        if request.phase is Phase.LEASED and not request.body and not request.events:
+            request.body_bytes = len(body)  # it was claimed, and a claim brings no body
+            self.state.put_body(request, body)
+        self._tell_again(request)
+
+    def _set_timers(self, request: Request, submit: Submit, now: float) -> None:
+        request.deadline = None if submit.deadline_ms is None else now + submit.deadline_ms / 1000
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.rid))
-        self._place(now)
-        if request.phase is Phase.QUEUED:
-            self._tell_position(request, position)
+            heapq.heappush(self._timers, (request.deadline, request.rid))
+        away_ms = submit.absent_ms
+        self._expire(request, None if away_ms is None else now + max(0, submit.grace_ms - away_ms) / 1000)
+
+    def _expire(self, request: Request, at: float | None) -> None:
+        """Give the request up at that time, unless somebody comes for it."""
+        request.expires = at
+        if at is not None:
+            heapq.heappush(self._timers, (at, request.rid))
+
+    def _unclaimed(self, request: Request, now: float) -> None:
+        """No worker has the lease that the gateway knows of."""
+        if self._can_start_anew(request):
+            self._requeue(request)
+            return
+        text = "its worker did not come back after the broker's restart"
+        failed = Failed(
+            rid=request.rid,
+            attempt=request.attempt,
+            code=Code.WORKER_LOST,
+            message=text,
+            seq=request.events,
+            resubmit=True,
+        )
+        self._end(request, failed, b"", now)
+
+    def _meet(self, now: float) -> None:
+        """A peer comes that was not there; if nobody was, it may have been with another broker, and others too."""
+        if not self.state.gateways and not self.state.workers:
+            self._window.open(now)
+
+    def _close_window(self) -> None:
+        """Whoever has not come back by now is gone."""
+        self._window.traced = False
+        self._window.tombstones.clear()
+        for name, number in self._window.attaches.values():
+            self._answer_attach(name, number)
+        self._window.attaches.clear()
 
     def _refusal(self, submit: Submit, body: bytes, now: float) -> Failed | None:
         """Why a request is not accepted, if it isn't."""
@@ -321,12 +497,6 @@ class BrokerCore:
             return Failed(rid=submit.rid, attempt=submit.attempt, code=code, message=message, **more)
 
         settings = self.settings
-        if submit.next_seq > 0:
-            return failed(
-                Code.WORKER_LOST,
-                "the broker restarted while this request was streaming; what has arrived is all there is",
-                seq=submit.next_seq,
-            )
         if len(body) > BODY_BYTES_MAX:
             return failed(Code.TOO_LARGE, f"the request is larger than {BODY_BYTES_MAX} bytes")
         if (
@@ -351,7 +521,8 @@ class BrokerCore:
         seen = self._served.get(model)
         if seen is not None and now - seen < self.settings.unserved_s:
             return True
-        return now - self._started < self.settings.settle_s
+        window = self._window
+        return now - window.opened < self.settings.settle_s or (window.traced and now < window.until)
 
     def _unserved(self, rid: bytes, model: str, attempt: int) -> Failed:
         models = self.state.names()
@@ -368,58 +539,137 @@ class BrokerCore:
             rid=rid,
             attempt=attempt,
             code=Code.MODEL_NOT_FOUND,
-            message=f"model {short_name(model)!r} is on no host; there are: {', '.join(models[:50])}",
-            models=models,
+            message=f"model {short_name(model)!r} is on no host; there are: {', '.join(models[:50])}"[
+                :FAILURE_TEXT_MAX
+            ],
+            models=models[:FAILURE_MODELS_MAX],
         )
 
     def _on_cancel(self, gateway: Gateway, message: Cancel, _: bytes, now: float) -> None:
         request = self.state.requests.get(message.rid)
         if request is None:
             # Ended and acknowledged, or a cancel sent again after a break: the gateway must hear an end.
+            self._window.bury(message.rid, now)
             self._send(
                 Side.GATEWAY,
                 gateway.peer,
                 Failed(rid=message.rid, attempt=message.attempt, code=Code.CANCELLED, message="cancelled"),
             )
-        elif request.gateway is gateway:
-            if request.phase is Phase.ENDED:
-                self._tell_again(request)
+        elif request.gateway is gateway or (request.gateway is None and request.holder in ("", gateway.name)):
+            # Or nobody's: it was away, or its first word about what a worker claimed is that nobody wants it.
+            self.state.hand_over(request, gateway)
+            self._stop(request, Code.CANCELLED, message.reason or "cancelled", now)
+        else:
+            self._send(Side.GATEWAY, gateway.peer, Detached(rid=message.rid))
+
+    def _on_detach(self, gateway: Gateway, message: Detach, _: bytes, now: float) -> None:
+        request = self.state.requests.get(message.rid)
+        if request is not None and request.gateway is gateway:
+            if request.submit.grace_ms:
+                self._expire(request, now + request.submit.grace_ms / 1000)
             else:
-                self._stop(request, Code.CANCELLED, message.reason or "cancelled", now)
+                self._stop(request, Code.CANCELLED, "its client is gone", now)
+
+    def _on_attach(self, gateway: Gateway, message: Attach, _: bytes, now: float) -> None:
+        request = self.state.refs.get((message.client, message.ref))
+        if request is not None:
+            self._attach(request, gateway, message.id, now)
+        elif now < self._window.until and len(self._window.attaches) < ATTACHES_MAX:
+            former = self._window.attaches.pop((message.client, message.ref), None)
+            if former is not None and former != (gateway.name, message.id):
+                self._answer_attach(*former)
+            self._window.attaches[message.client, message.ref] = gateway.name, message.id
+        else:
+            self._answer_attach(gateway.name, message.id)
+
+    def _answer_attach(self, name: str, number: int) -> None:
+        """There is no such request."""
+        gateway = self.state.gateways_by_name.get(name)
+        if gateway is not None:
+            self._send(Side.GATEWAY, gateway.peer, Attached(id=number))
+
+    def _attach_waiting(self, request: Request, now: float) -> None:
+        """A request became known: perhaps its client waits for it already."""
+        if request.submit.grace_ms:
+            name, number = self._window.attaches.pop((request.submit.client, request.submit.ref), ("", 0))
+            gateway = self.state.gateways_by_name.get(name)
+            if gateway is not None:
+                self._attach(request, gateway, number, now)
+
+    def _attach(self, request: Request, gateway: Gateway, number: int, now: float) -> None:
+        """Describe the request; it changes hands when its gateway submits it with the next attachment."""
+        attempt, start = request.attempt, 0
+        if request.body and request.start:
+            # A continuation that has not begun: its events go with the body, as those of an attempt that is over.
+            attempt, start = attempt_of(request.ordinal - (request.phase in RUNNING), self._nonce), request.start
+        submit = replace(
+            request.submit,
+            accepted=True,
+            waited_ms=int((now - request.accepted) * 1000),
+            deadline_ms=None if request.deadline is None else max(0, int((request.deadline - now) * 1000)),
+            attempt=attempt,
+            attachment=request.attachment + 1,
+            absent_ms=None,
+            lost=start > 0,
+            next_seq=start,
+            body_bytes=request.body_bytes,
+        )
+        self._send(Side.GATEWAY, gateway.peer, Attached(id=number, submit=submit), request.body)
 
     def _on_replay(self, gateway: Gateway, message: Replay, _: bytes, now: float) -> None:
         request = self.state.requests.get(message.rid)
-        if request is None:
-            # Its worker died after the terminal was told and before all events had arrived.
-            lost = "events of this request were lost with their worker; what has arrived is all there is"
+        if request is not None and request.gateway is not gateway:
+            return
+        if request is not None and request.attempt == message.attempt and request.worker is not None:
+            request.told = now
+            self._send(Side.WORKER, request.worker.peer, message)
+        elif request is None or (request.phase is Phase.ENDED and request.attempt == message.attempt):
+            # Its worker died before all events had arrived, or is only away: then it is worth asking again. `seq` is
+            # where the reader stands, so that the terminal counts.
             failed = Failed(
-                rid=message.rid, attempt=message.attempt, code=Code.WORKER_LOST, message=lost, seq=message.start
+                rid=message.rid,
+                attempt=message.attempt,
+                code=Code.WORKER_LOST,
+                message="events of this request were lost with their worker; what has arrived is all there is",
+                seq=message.start,
+                retryable=request is not None and request.away != "" and request.away not in self.state.workers,
+                resubmit=request is not None,
             )
             self._send(Side.GATEWAY, gateway.peer, failed)
-        elif request.gateway is gateway and request.worker is not None and request.attempt == message.attempt:
-            self._send(Side.WORKER, request.worker.peer, message)
 
     def _on_ack(self, gateway: Gateway, message: Ack, _: bytes, now: float) -> None:
         request = self.state.requests.get(message.rid)
-        if request is not None and request.gateway is gateway and request.phase is Phase.ENDED:
-            self._forget(request)
+        if request is None or request.gateway is not gateway or request.phase is not Phase.ENDED:
+            return
+        if not request.submit.grace_ms:
+            self._forget(request, now)
+            return
+        self._kept[request.rid] = None
+        self._expire(request, now + request.submit.grace_ms / 1000)
+        while len(self._kept) > self.settings.ended_max:
+            self._forget(self.state.requests[next(iter(self._kept))], now)
+
+    def _unkeep(self, request: Request) -> None:
+        self._kept.pop(request.rid, None)
 
     def _on_gateway_error(self, gateway: Gateway, message: Error, _: bytes, now: float) -> None:
         self._note("gateway did not understand", gateway=gateway.name, reason=message.message)
 
     def _on_gateway_bye(self, gateway: Gateway, message: Bye, _: bytes, now: float) -> None:
-        self._lose_gateway(gateway, "left")
+        self._lose_gateway(gateway, "left", now, left=True)
 
-    def _lose_gateway(self, gateway: Gateway, why: str) -> None:
-        """Its clients are gone with it: cancel what they asked for."""
+    def _lose_gateway(self, gateway: Gateway, why: str, now: float, *, left: bool = False) -> None:
+        """What its clients can resume waits for them, the rest for itself to come back; unless it said good-bye."""
         self._note("gateway lost", gateway=gateway.name, why=why, requests=len(gateway.rids))
         for rid in list(gateway.rids):
             request = self.state.requests[rid]
-            if request.phase in RUNNING:
-                self._cancel_lease(request)
-            elif request.phase is Phase.QUEUED:
-                self._unqueue(request)
-            self._forget(request)
+            grace_s = request.submit.grace_ms / 1000
+            if left and not grace_s:
+                self._discard(request, now)
+                continue
+            self.state.hand_over(request, None)
+            if request.expires is None:
+                self._expire(request, now + max(grace_s, 0 if left else self.settings.gateway_grace_s))
         del self.state.gateways[gateway.peer]
         del self.state.gateways_by_name[gateway.name]
 
@@ -427,6 +677,9 @@ class BrokerCore:
 
     def _worker_says(self, event: Received, now: float) -> None:
         message = event.message
+        if isinstance(message, Probe):
+            self._send(Side.WORKER, event.peer, Beat())
+            return
         if isinstance(message, Register):
             self._on_register(event.peer, message, now)
             return
@@ -445,14 +698,28 @@ class BrokerCore:
         other = self.state.workers_by_peer.get(peer)
         if other is not None and other.name != message.name:
             self._lose_worker(other, "took another name", now)
+        if message.epoch in self._superseded:
+            self._send(Side.WORKER, peer, Superseded())
+            return
         worker = self.state.workers.get(message.name)
         if worker is not None and worker.epoch != message.epoch:
             self._send(Side.WORKER, worker.peer, Superseded())
             self._lose_worker(worker, "superseded by a newer process of its name", now)
             worker = None
+        if worker is None and len(self.state.workers) >= PEERS_MAX:
+            self._turn_away(Side.WORKER, peer)
+            return
+        former = self._epochs.pop(message.name, message.epoch)
+        self._epochs[message.name] = message.epoch
+        if former != message.epoch:
+            self._superseded[former] = None
+        for known in (self._epochs, self._superseded):
+            if len(known) > EPOCHS_MAX:
+                del known[next(iter(known))]
         self._registrations += 1
         engines = {engine.url: engine for engine in message.engines}
         if worker is None:
+            self._meet(now)
             worker = Worker(
                 name=message.name,
                 epoch=message.epoch,
@@ -475,14 +742,84 @@ class BrokerCore:
             request = self.state.requests[rid]
             claim = claims.get(rid)
             if claim is not None and claim.attempt == request.attempt:
-                del claims[rid]
-                self._tell_gap(request, claim.top)
+                continue
+            if request.phase is Phase.LEASED and self._can_start_anew(request):
+                self._requeue(request)  # the assign was lost on the way: nobody failed
             elif request.phase in RUNNING:
                 self._lose_lease(request, now)
-            # An ended request whose buffer is gone: its gateway acknowledges, or runs into `ack_s`.
+            if request.phase is Phase.ENDED:
+                self.state.part(request)  # its buffer is gone
         for claim in claims.values():
-            self._send(Side.WORKER, peer, Cancel(rid=claim.rid, attempt=claim.attempt, reason="no such lease"))
+            self._on_claim(worker, claim, now)
         self._fleet_changed(now)
+
+    def _on_claim(self, worker: Worker, claim: Claim, now: float) -> None:
+        """A worker says that it holds this lease: believe it, take it up, or cancel it."""
+        request = self.state.requests.get(claim.rid)
+        if request is None and self._window.admits(claim, now):
+            request = self._adopt(worker, claim, now)
+        elif request is not None and claim.attempt == request.attempt and self._reunite(request, worker):
+            self._tell_gap(request, claim.top)
+        elif request is not None and believes(request, claim):
+            self._take_up(request, worker, claim)
+            self._tell_again(request)
+        else:
+            request = None
+        if request is None:
+            self._send(Side.WORKER, worker.peer, Cancel(rid=claim.rid, attempt=claim.attempt, reason="no such lease"))
+        elif claim.ended and request.phase in RUNNING:
+            # Its terminal was told to nobody who lives: ask for it.
+            replay = Replay(rid=claim.rid, attempt=claim.attempt, start=claim.top)
+            self._send(Side.WORKER, worker.peer, replay)
+
+    def _adopt(self, worker: Worker, claim: Claim, now: float) -> Request | None:
+        """Take up a lease of which no gateway has spoken yet, for a while; unless a newer request has its id."""
+        rival = self.state.refs.get((claim.client, claim.ref)) if claim.grace_ms else None
+        if rival is not None:
+            if rival.holder or claim.ended:
+                return None
+            self._discard(rival, now)
+        submit = Submit(
+            rid=claim.rid,
+            client=claim.client,
+            ref=claim.ref,
+            model=claim.model,
+            path=claim.path,
+            method=claim.method,
+            grace_ms=claim.grace_ms,
+            accepted=True,
+        )
+        request = Request(rid=claim.rid, submit=submit, body=b"", gateway=None, accepted=now)
+        self._window.trace(now)
+        self._expire(request, now + max(claim.grace_ms / 1000, self.settings.recover_s))
+        self._take_up(request, worker, claim)
+        self._attach_waiting(request, now)
+        return request
+
+    def _reunite(self, request: Request, worker: Worker) -> bool:
+        """Whether the claimed attempt is its worker's own: still, or again with a buffer of what has ended since."""
+        terminal = request.terminal
+        if request.worker is None and terminal is not None:
+            if isinstance(terminal, Failed) and terminal.code is Code.WORKER_LOST:
+                return False  # that was our own word for it
+            request.worker = worker
+            worker.rids.add(request.rid)
+        return request.worker is worker
+
+    def _take_up(self, request: Request, worker: Worker, claim: Claim) -> None:
+        """The claimed attempt is the request's, instead of what was held before."""
+        if request.phase is Phase.QUEUED:
+            self._unqueue(request)
+        elif request.worker is not None:
+            self._cancel_lease(request)
+        if request.phase in RUNNING or request.phase is Phase.ENDED:
+            self.state.move(request, Phase.RECOVERING)
+        same = claim.attempt == request.attempt
+        request.events = max(request.events, claim.top) if same else claim.top
+        request.attempt, request.ordinal = claim.attempt, ordinal_of(claim.attempt)
+        self.state.move(request, Phase.LEASED, worker=worker, engine=claim.engine, digest=claim.digest)
+        if claim.top:
+            self.state.move(request, Phase.STREAMING)
 
     def _on_engines(self, worker: Worker, message: EnginesChanged, _: bytes, now: float) -> None:
         worker.engines = {engine.url: engine for engine in message.engines}
@@ -503,10 +840,15 @@ class BrokerCore:
         else:
             self._send(Side.WORKER, peer, Who())
 
-    def _on_started(self, worker: Worker, message: Started, _: bytes, now: float) -> None:
+    def _on_started(self, worker: Worker, message: Started, payload: bytes, now: float) -> None:
         request = self._held(worker, message.rid, message.attempt)
-        if request is not None and request.phase in RUNNING:
-            self._send(Side.GATEWAY, request.gateway.peer, message)
+        if request is not None:
+            self._tell(request, message, payload)
+
+    def _on_forgotten(self, worker: Worker, message: Forgotten, _: bytes, now: float) -> None:
+        request = self._held(worker, message.rid, message.attempt)
+        if request is not None:
+            self._tell(request, message)
 
     def _on_end(self, worker: Worker, message: End, _: bytes, now: float) -> None:
         request = self._held(worker, message.rid, message.attempt)
@@ -517,18 +859,21 @@ class BrokerCore:
         request = self._held(worker, message.rid, message.attempt)
         if request is None:
             return
-        if request.phase is Phase.LEASED and message.retryable and message.seq == 0:
+        if message.retryable and message.seq == request.start and self._can_start_anew(request):
             self._send(Side.WORKER, worker.peer, Cancel(rid=request.rid, attempt=request.attempt, reason="retried"))
             self._retry(request, message, payload, now)
         else:
-            self._end(request, message, payload, now)
+            self._fail(request, message, payload[:FAILURE_BYTES_MAX], now)
 
     def _on_refused(self, worker: Worker, message: Refused, _: bytes, now: float) -> None:
         request = self._held(worker, message.rid, message.attempt)
         if request is not None and request.phase is Phase.LEASED:
             self._note("assign refused", worker=worker.name, rid=request.rid, reason=message.reason)
             worker.paused_until = now + REFUSED_PAUSE_S
-            self._requeue(request)
+            if self._can_start_anew(request):
+                self._requeue(request)
+            else:
+                self._lose_lease(request, now)
 
     def _on_worker_error(self, worker: Worker, message: Error, _: bytes, now: float) -> None:
         self._note("worker did not understand", worker=worker.name, reason=message.message)
@@ -536,15 +881,15 @@ class BrokerCore:
     def _on_worker_bye(self, worker: Worker, message: Bye, _: bytes, now: float) -> None:
         self._lose_worker(worker, "left", now)
 
-    def _lose_worker(self, worker: Worker, why: str, now: float) -> None:
+    def _lose_worker(self, worker: Worker, why: str, now: float, *, silent: bool = False) -> None:
         self._note("worker lost", worker=worker.name, why=why, leases=sum(worker.busy.values()))
         for rid in list(worker.rids):
             request = self.state.requests[rid]
             if request.phase in RUNNING:
                 self._lose_lease(request, now)
-            # An ended request's buffer died with the worker: a gateway that lacks events hears so at its `replay`.
             if request.phase is Phase.ENDED:
-                self._forget(request)
+                request.away = worker.name if silent else ""
+                self.state.part(request)  # a gateway that lacks events hears so at its `replay`
         del self.state.workers[worker.name]
         del self.state.workers_by_peer[worker.peer]
         self._fleet_changed(now)
@@ -561,10 +906,10 @@ class BrokerCore:
             seq=request.events,
             retryable=True,
         )
-        if request.phase is Phase.LEASED:
+        if self._can_start_anew(request):
             self._retry(request, lost, b"", now)
         else:
-            self._end(request, lost, b"", now)
+            self._fail(request, lost, b"", now)
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
@@ -584,6 +929,8 @@ class BrokerCore:
 
     def _place(self, now: float) -> None:
         """Lease whatever can run now."""
+        if now < self._window.hold_until:
+            return
         while len(self.scheduler):
             placement = self.scheduler.place(self.state, now)
             if placement is None:
@@ -593,7 +940,7 @@ class BrokerCore:
             self.state.move(request, Phase.LEASED, worker=worker, engine=placement.engine, digest=placement.digest)
             request.ordinal += 1
             request.attempt = attempt_of(request.ordinal, self._nonce)
-            self._send(Side.GATEWAY, request.gateway.peer, self._leased(request))
+            self._tell(request, self._leased(request))
             submit = request.submit
             self._send(
                 Side.WORKER,
@@ -605,8 +952,13 @@ class BrokerCore:
                     engine=placement.engine,
                     model=submit.model,
                     digest=placement.digest,
+                    client=submit.client,
+                    ref=submit.ref,
                     method=submit.method,
                     path=submit.path,
+                    grace_ms=submit.grace_ms,
+                    start=request.start,
+                    body_bytes=request.body_bytes if request.start else 0,
                 ),
                 request.body,
             )
@@ -615,15 +967,21 @@ class BrokerCore:
         assert request.worker is not None
         return Leased(rid=request.rid, attempt=request.attempt, worker=request.worker.name, engine=request.engine)
 
+    def _can_start_anew(self, request: Request) -> bool:
+        """Whether nothing was seen of its attempt, and all is here to begin another."""
+        waits = request.phase in (Phase.LEASED, Phase.RECOVERING)
+        return waits and request.events == request.start and len(request.body) > 0
+
     def _requeue(self, request: Request) -> None:
         """Back to its old place in the line; the gateway hears that the attempt is gone."""
-        self._send(Side.GATEWAY, request.gateway.peer, Lost(rid=request.rid, attempt=request.attempt))
+        self._tell(request, Lost(rid=request.rid, attempt=request.attempt))
         self._queue(request)
 
     def _retry(self, request: Request, failure: Failed, payload: bytes, now: float) -> None:
         """An attempt failed before its first event: try elsewhere, at most ATTEMPTS_MAX times."""
         assert request.worker is not None
-        request.failures += 1
+        if failure.code is not Code.SHUTTING_DOWN:
+            request.failures += 1
         request.failed_on.add(request.worker.name)
         self._note(
             "attempt failed",
@@ -637,30 +995,54 @@ class BrokerCore:
         else:
             self._end(request, failure, payload, now)
 
+    def _fail(self, request: Request, failure: Failed, payload: bytes, now: float) -> None:
+        """An attempt failed: if another may do better, its gateway decides whether there is one."""
+        again = False
+        if failure.retryable and request.phase in RUNNING and request.worker is not None:
+            if failure.code is not Code.SHUTTING_DOWN:
+                request.failures += 1
+            request.failed_on.add(request.worker.name)
+            again = request.failures < ATTEMPTS_MAX
+        self._end(request, replace(failure, resubmit=again), payload, now)
+
     def _stop(self, request: Request, code: Code, message: str, now: float) -> None:
         """End a request from our side, wherever it is."""
+        if request.terminal is None:
+            self._tell(
+                request,
+                Failed(rid=request.rid, attempt=request.attempt, code=code, message=message, seq=request.events),
+            )
+        elif request.rid not in self._kept:
+            self._tell(request, request.terminal, request.terminal_payload)
+        self._discard(request, now)
+
+    def _discard(self, request: Request, now: float) -> None:
+        """Forget a request whatever its state; nobody is told but its worker."""
         if request.phase is Phase.QUEUED:
             self._unqueue(request)
-        else:
+        elif request.phase in RUNNING:
             self._cancel_lease(request)
-        failed = Failed(rid=request.rid, attempt=request.attempt, code=code, message=message, seq=request.events)
-        self._send(Side.GATEWAY, request.gateway.peer, failed)
-        self._forget(request)
+        self._forget(request, now)
 
     def _cancel_lease(self, request: Request) -> None:
         assert request.worker is not None
         self._send(Side.WORKER, request.worker.peer, Cancel(rid=request.rid, attempt=request.attempt))
 
     def _end(self, request: Request, terminal: Failed | End, payload: bytes, now: float) -> None:
-        """The worker's side is over: tell the gateway, keep the terminal until it acknowledges."""
-        if request.phase is not Phase.ENDED:
+        """The attempt is over: tell the gateway, keep the terminal until it acknowledges."""
+        if request.terminal is None:
             self.state.move(request, Phase.ENDED)
-            request.terminal, request.terminal_payload, request.ended = terminal, payload, now
-        self._send(Side.GATEWAY, request.gateway.peer, terminal, payload)
+            request.terminal, request.terminal_payload, request.told = terminal, payload, now
+        elif type(terminal) is type(request.terminal) and terminal.seq == request.terminal.seq:
+            # Said again with a replay; in our words it says whether there may be another attempt.
+            terminal, payload = request.terminal, request.terminal_payload
+        self._tell(request, terminal, payload)
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, request: Request, now: float) -> None:
         if request.phase is Phase.ENDED and request.worker is not None:
             self._send(Side.WORKER, request.worker.peer, Release(rid=request.rid))
+        self._unkeep(request)
+        self._window.bury(request.rid, now)
         self.state.move(request, None)
 
     def _end_unserved(self, now: float) -> None:
@@ -674,34 +1056,37 @@ class BrokerCore:
         for request in waiting:
             if request.submit.model in hopeless:
                 self._unqueue(request)
-                failed = self._unserved(request.rid, request.submit.model, request.attempt)
-                self._send(Side.GATEWAY, request.gateway.peer, failed)
-                self._forget(request)
+                self._tell(request, self._unserved(request.rid, request.submit.model, request.attempt))
+                self._forget(request, now)
 
     # Telling ----------------------------------------------------------------------------------------------------------
 
+    def _tell(self, request: Request, message: Message, payload: bytes = b"") -> None:
+        """Tell the request's gateway, if it has one."""
+        if request.gateway is not None:
+            self._send(Side.GATEWAY, request.gateway.peer, message, payload)
+
     def _tell_again(self, request: Request) -> None:
-        """A gateway asks after a break: tell where its request is."""
-        peer = request.gateway.peer
-        self._send(Side.GATEWAY, peer, Accepted(rid=request.rid))
+        """A gateway comes to it, or asks after a break: tell where its request is."""
+        self._tell(request, Accepted(rid=request.rid))
         if request.phase is Phase.QUEUED:
             request.told_position = 0
             return
         # Also of what has ended: it may lack events, and asks for them by the attempt.
-        self._send(Side.GATEWAY, peer, self._leased(request))
-        if request.terminal is None:
+        if request.worker is not None:
+            self._tell(request, self._leased(request))
+        if request.terminal is not None:
+            self._tell(request, request.terminal, request.terminal_payload)
+        elif request.phase in RUNNING:
             self._tell_gap(request)
-        else:
-            self._send(Side.GATEWAY, peer, request.terminal, request.terminal_payload)
 
     def _tell_gap(self, request: Request, top: int = 0) -> None:
-        gap = Gap(rid=request.rid, attempt=request.attempt, top=max(top, request.events))
-        self._send(Side.GATEWAY, request.gateway.peer, gap)
+        self._tell(request, Gap(rid=request.rid, attempt=request.attempt, top=max(top, request.events)))
 
     def _tell_position(self, request: Request, position: int) -> None:
         if position != request.told_position:
             request.told_position = position
-            self._send(Side.GATEWAY, request.gateway.peer, Queued(rid=request.rid, position=position))
+            self._tell(request, Queued(rid=request.rid, position=position))
 
     def _tell_positions(self) -> None:
         for told, (position, request) in enumerate(self.scheduler.waiting()):
@@ -741,6 +1126,7 @@ class BrokerCore:
             name=worker.name,
             engines=tuple(worker.engines.values()),
             busy=busy,
+            kept=len(worker.rids) - sum(worker.busy.values()),
             draining=worker.draining,
             beat_age_ms=int((now - worker.seen) * 1000),
             epoch=worker.epoch,
@@ -750,7 +1136,7 @@ class BrokerCore:
         positions = {request.rid: position for position, request in self.scheduler.waiting()}
         jobs: list[Job] = []
         for request in self.state.requests.values():
-            if request.phase in (Phase.QUEUED, *RUNNING) and len(jobs) < SNAPSHOT_JOBS_MAX:
+            if request.phase is not Phase.ENDED and request.phase is not None and len(jobs) < SNAPSHOT_JOBS_MAX:
                 jobs.append(
                     Job(
                         rid=request.rid,
@@ -778,11 +1164,9 @@ class BrokerCore:
         self._note("peer of another version", side=side.value, version=version)
         return False
 
-    def _refuse_type(self, event: Received) -> None:
-        self.garbled += 1
-        name = type(event.message).__name__.lower()
-        message = f"a {event.side.value} cannot send {name!r} to this broker"
-        self._send(event.side, event.peer, Error(code=Code.UNKNOWN_TYPE, message=message))
+    def _turn_away(self, side: Side, peer: bytes) -> None:
+        self._send(side, peer, Error(code=Code.RATE_LIMITED, message=f"this broker serves at most {PEERS_MAX}"))
+        self._note("peer turned away: there are too many", side=side.value)
 
     def _nothing(self, peer: Gateway | Worker, message: Message, payload: bytes, now: float) -> None:
         """A sign of life says nothing more."""

@@ -4,7 +4,7 @@ The core asks `place` after anything that may have freed a slot or brought a req
 now: a request leaves the queue for a free slot, never for a promise. Another scheduler needs the same five methods.
 """
 
-from collections import OrderedDict
+from bisect import bisect, bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +26,10 @@ class Scheduler(Protocol):
     """Owns the queue. It never changes a request; the core moves it after a placement."""
 
     def add(self, request: Request) -> int:
-        """A request waits; one that waited before gets its old place back, by its `order`. Returns its position."""
+        """A request waits, at its place by when it was accepted, so that one which waited before gets it back.
+
+        Returns its position, from 1.
+        """
 
     def discard(self, request: Request) -> None:
         """A request waits no longer."""
@@ -44,32 +47,26 @@ class WarmFirst:
     """The scheduler of this version: O(models waiting · hosts) a decision."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, OrderedDict[bytes, Request]] = {}
+        self._queues: dict[str, list[tuple[float, bytes, Request]]] = {}
         self._size = 0
 
     def add(self, request: Request) -> int:
-        queue = self._queues.setdefault(request.submit.model, OrderedDict())
-        late = bool(queue) and next(reversed(queue.values())).order > request.order
-        queue[request.rid] = request
+        queue = self._queues.setdefault(request.submit.model, [])
+        entry = (request.accepted, request.rid, request)
+        position = bisect(queue, entry)
+        queue.insert(position, entry)
         self._size += 1
-        if not late:
-            return len(queue)
-        # It was taken from the front and comes back: what is older is still before it.
-        behind = [rid for rid, other in queue.items() if other.order > request.order]
-        for rid in behind:
-            queue.move_to_end(rid)
-        return len(queue) - len(behind)
+        return position + 1
 
     def discard(self, request: Request) -> None:
         queue = self._queues[request.submit.model]
-        del queue[request.rid]
+        del queue[bisect_left(queue, (request.accepted, request.rid))]
         self._size -= 1
         if not queue:
             del self._queues[request.submit.model]
 
     def place(self, state: State, now: float) -> Placement | None:
-        heads = sorted((next(iter(queue.values())) for queue in self._queues.values()), key=lambda r: r.order)
-        for request in heads:
+        for _, _, request in sorted(queue[0] for queue in self._queues.values()):
             placement = self._best(request, state, now)
             if placement is not None:
                 return placement
@@ -77,22 +74,26 @@ class WarmFirst:
 
     def waiting(self) -> Iterator[tuple[int, Request]]:
         for queue in self._queues.values():
-            yield from enumerate(queue.values(), 1)
+            for position, (_, _, request) in enumerate(queue, 1):
+                yield position, request
 
     def __len__(self) -> int:
         return self._size
 
     def _best(self, request: Request, state: State, now: float) -> Placement | None:
-        best: tuple[tuple[bool, bool, int, str, str], Placement] | None = None
-        for worker, engine, model in state.offers(request.submit.model):
-            if worker.draining or not worker.reachable or worker.paused_until > now:
+        best: tuple[tuple[bool, int, str, str], Placement] | None = None
+        offers = [offer for offer in state.offers(request.submit.model) if offer[0].reachable and not offer[0].draining]
+        if request.failed_on:
+            # Not where it failed, as long as there is another, even a busy one: a broken host is always free.
+            offers = [offer for offer in offers if offer[0].name not in request.failed_on] or offers
+        for worker, engine, model in offers:
+            if worker.paused_until > now:
                 continue
             busy = worker.busy[engine.url, model.digest]
             if busy >= model.slots:
                 continue
-            # Where it has failed already only if there is nowhere else; names make ties repeatable.
+            # Names make ties repeatable.
             key = (
-                worker.name in request.failed_on,
                 not (model.resident or busy),
                 sum(count for (url, _), count in worker.busy.items() if url == engine.url),
                 worker.name,

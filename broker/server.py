@@ -4,19 +4,22 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from broker.core import BrokerCore
 from broker.events import Effect, Event, Forward, Garbled, Note, Overflowed, Received, Send, Side, Unreachable
 from broker.settings import BrokerSettings
-from common import protocol
+from common import history, protocol
 from common.config import refuse_exposed
-from common.errors import ProtocolError
+from common.errors import Code, ProtocolError
 from common.logs import Log
 from common.process import until
-from common.protocol import Chunk
+from common.protocol import FRAME_BYTES_MAX, Accepted, Chunk, End, Error, Failed, Leased, Lost
 from common.transport import Sent, Socket
 
 log = Log("broker")
+
+_TOLD: Final = (Accepted, Leased, Lost, End, Failed)
 
 TICK_S_MAX = 0.05
 """Between two ticks a request may come whose deadline is the next."""
@@ -96,7 +99,16 @@ class Broker:
                 self._forward(effect.peer, effect.rid, effect.frame)
             elif type(effect) is Send:
                 socket = self._gateways if effect.side is Side.GATEWAY else self._workers
-                sent = socket.send(protocol.encode(effect.message, effect.payload), effect.peer)
+                told = effect.message
+                if history.record is not None and isinstance(told, _TOLD):
+                    facts = {name: getattr(told, name) for name in ("attempt", "worker") if hasattr(told, name)}
+                    history.record(type(told).__name__.lower(), rid=told.rid, **facts)
+                frame = protocol.encode(told, effect.payload)
+                if len(frame) > FRAME_BYTES_MAX:
+                    # It would end the peer's line for good. Only a list of what somebody made up is so large.
+                    log.warn("message too large", kind=type(told).__name__, bytes=len(frame))
+                    frame = protocol.encode(Error(code=Code.TOO_LARGE, message="the answer is too large"))
+                sent = socket.send(frame, effect.peer)
                 if sent is Sent.GONE:
                     # What follows from it is carried out after what was decided before.
                     effects += self.core.handle(Unreachable(effect.side, effect.peer), self._loop.time())

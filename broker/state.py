@@ -4,15 +4,18 @@ Rules
 -----
 - The phase implies the container, and only `State.move` changes either:
 
+      RECOVERING  leased under another broker: waits, until `claim_by`, for its worker's claim
       QUEUED      in the scheduler's queue, no worker
       LEASED      assigned to `request.worker`, no event seen yet: may be queued again without anyone noticing
-      STREAMING   its worker has sent events: belongs to that attempt for good
-      ENDED       the terminal is known and told; the worker keeps the replay buffer until the gateway's `ack`
-      (removed)   acknowledged, or over without a worker involved
+      STREAMING   its worker has sent events: belongs to that attempt
+      ENDED       the attempt's terminal is known and told; the worker keeps the replay buffer
+      (removed)   acknowledged and beyond resuming, or over without a worker involved
 
 - A lease takes one slot of (worker, engine url, model digest) from the move to LEASED until it leaves
   {LEASED, STREAMING}: a slot is free at the end of the work, not at the acknowledgement.
-- A request has exactly one gateway, and a gateway's `rids` are exactly its requests.
+- A request has one gateway, or none and then a time `expires` at which it is given up; a gateway's `rids` are exactly
+  its requests. `holder` names the one that has it or had it last.
+- `refs` finds what a client may resume (`grace_ms` > 0) by (client, ref), and there is one of each.
 - An attempt that is not `request.attempt` holds nothing: whatever comes from it is stale.
 """
 
@@ -21,10 +24,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.protocol import Engine, Message, Model, Submit, short_name
+from common.protocol import End, Engine, Failed, Model, Submit, short_name
 
 
 class Phase(Enum):
+    RECOVERING = "recovering"
     QUEUED = "queued"
     LEASED = "leased"
     STREAMING = "streaming"
@@ -34,15 +38,18 @@ class Phase(Enum):
 RUNNING = frozenset({Phase.LEASED, Phase.STREAMING})
 
 TRANSITIONS: dict[Phase | None, frozenset[Phase | None]] = {
-    None: frozenset({Phase.QUEUED}),
+    None: frozenset({Phase.RECOVERING, Phase.QUEUED, Phase.LEASED}),
+    Phase.RECOVERING: frozenset({Phase.QUEUED, Phase.LEASED, Phase.ENDED, None}),
     Phase.QUEUED: frozenset({Phase.LEASED, None}),
-    Phase.LEASED: frozenset({Phase.QUEUED, Phase.STREAMING, Phase.ENDED, None}),
-    Phase.STREAMING: frozenset({Phase.ENDED, None}),
-    Phase.ENDED: frozenset({None}),
+    Phase.LEASED: frozenset({Phase.QUEUED, Phase.STREAMING, Phase.RECOVERING, Phase.ENDED, None}),
+    Phase.STREAMING: frozenset({Phase.RECOVERING, Phase.ENDED, None}),
+    Phase.ENDED: frozenset({Phase.RECOVERING, None}),
 }
 """From → to; None is "not held by the broker"."""
 
 
+NAMES_MAX = 10_000
+"""Models that gateways are told of; more exist only if somebody makes names up."""
 STORY_MAX = 32
 """Moves a request remembers: one that is refused and queued again for hours must not grow."""
 
@@ -85,27 +92,39 @@ class Worker:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A job and where it is. `order` is its place in the line; `events` how many its worker has sent."""
+    """A job and where it is. `events` is how many exist, as far as was seen; `start` where its attempt begins.
+
+    `accepted` is its place in the line. `attachment` counts how often it changed hands. `holder` is empty as long as
+    only a worker has spoken of it. `body` is the payload of its next assign, dropped when events have come:
+    `body_bytes` of the request's body and, if it continues, its events below `start`. `told` is when its gateway last
+    heard of its terminal, or asked for what comes before it. `away` names a silent worker that has the events.
+    """
 
     rid: bytes
     submit: Submit
     body: bytes
-    gateway: Gateway
+    gateway: Gateway | None
     accepted: float
-    order: int
+    start: int = 0
+    body_bytes: int = 0
+    attachment: int = 0
+    holder: str = ""
+    expires: float | None = None
     deadline: float | None = None
+    claim_by: float | None = None
     phase: Phase | None = None
     attempt: int = 0
     ordinal: int = 0
     failures: int = 0
     failed_on: set[str] = field(default_factory=set)
     worker: Worker | None = None
+    away: str = ""
     engine: str = ""
     digest: str = ""
     events: int = 0
-    terminal: Message | None = None
+    terminal: End | Failed | None = None
     terminal_payload: bytes = b""
-    ended: float = 0.0
+    told: float = 0.0
     told_position: int = 0
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_MAX))
 
@@ -118,6 +137,7 @@ class State:
 
     def __init__(self) -> None:
         self.requests: dict[bytes, Request] = {}
+        self.refs: dict[tuple[str, str], Request] = {}
         self.gateways: dict[bytes, Gateway] = {}
         self.gateways_by_name: dict[str, Gateway] = {}
         self.workers: dict[str, Worker] = {}
@@ -143,13 +163,12 @@ class State:
         if to not in TRANSITIONS[request.phase]:
             raise InvariantError(f"{request!r} cannot become {to}")
         if request.phase in RUNNING and to not in RUNNING:
-            assert request.worker is not None
             self._count(request, -1)
-            if to is not Phase.ENDED:
-                request.worker.rids.discard(request.rid)
         if request.phase is None:
             self.requests[request.rid] = request
-            request.gateway.rids.add(request.rid)
+            self.hand_over(request, request.gateway)
+            if request.submit.grace_ms:
+                self.refs[request.submit.client, request.submit.ref] = request
             self.body_bytes += len(request.body)
         else:
             self.phases[request.phase] -= 1
@@ -158,21 +177,45 @@ class State:
             request.worker, request.engine, request.digest = worker, engine, digest
             worker.rids.add(request.rid)
             self._count(request, +1)
+        elif to is Phase.RECOVERING:
+            self.part(request)
+            request.terminal, request.terminal_payload = None, b""
         elif to is Phase.QUEUED:
-            request.worker, request.engine, request.digest, request.attempt = None, "", "", 0
+            self.part(request)
+            request.attempt = 0
         elif to is None:
-            if request.worker is not None:
-                request.worker.rids.discard(request.rid)
-            request.gateway.rids.discard(request.rid)
-            request.gateway.gapped.discard(request.rid)
+            self.part(request)
+            self.hand_over(request, None)
             del self.requests[request.rid]
+            if request.submit.grace_ms:
+                del self.refs[request.submit.client, request.submit.ref]
         if to is not None:
             self.phases[to] += 1
-        if to is not Phase.QUEUED and to is not Phase.LEASED:
-            self.body_bytes -= len(request.body)
-            request.body = b""
+        if to in (Phase.STREAMING, Phase.ENDED, None):
+            self.put_body(request, b"")
         request.story.append(f"{to.value if to else 'removed'}{f'@{worker.name}' if worker else ''}")
         request.phase = to
+
+    def part(self, request: Request) -> None:
+        """Request and worker have nothing to do with each other any more."""
+        if request.worker is not None:
+            request.worker.rids.discard(request.rid)
+        request.worker, request.engine, request.digest = None, "", ""
+
+    def hand_over(self, request: Request, gateway: Gateway | None) -> None:
+        """The request is that gateway's now, or nobody's."""
+        if request.gateway is not None:
+            request.gateway.rids.discard(request.rid)
+            request.gateway.gapped.discard(request.rid)
+        request.gateway = gateway
+        if gateway is not None:
+            gateway.rids.add(request.rid)
+            request.holder = gateway.name
+
+    def put_body(self, request: Request, body: bytes) -> None:
+        """The payload of the next assign."""
+        self.body_bytes += len(body) - len(request.body)
+        request.body = body
 
     def _count(self, request: Request, by: int) -> None:
         assert request.worker is not None
@@ -201,7 +244,7 @@ class State:
     def names(self) -> tuple[str, ...]:
         """The same as clients know them, embedding models last: who takes the first means one that answers."""
         offers = sorted(self._offers.items(), key=lambda item: (item[1][0][2].embedding, short_name(item[0])))
-        return tuple(short_name(name) for name, _ in offers)
+        return tuple(short_name(name) for name, _ in offers[:NAMES_MAX])
 
     def validate(self, queued: Iterable[Request]) -> None:
         """Check every rule of this module; `queued` is what the scheduler holds.
@@ -224,18 +267,9 @@ class State:
             "the bodies' bytes are miscounted",
         )
         for request in self.requests.values():
-            check(request.rid in request.gateway.rids, f"{request!r} is not among its gateway's")
-            check(self.gateways_by_name.get(request.gateway.name) is request.gateway, f"{request!r} has a dead gateway")
-            if request.phase is Phase.QUEUED:
-                check(request.worker is None and not request.attempt, f"{request!r} waits and has a worker")
-            elif request.phase in RUNNING:
-                check(
-                    request.worker is not None and self.workers.get(request.worker.name) is request.worker,
-                    f"{request!r} runs on a dead worker",
-                )
-                check(request.terminal is None, f"{request!r} runs and has ended")
-            else:
-                check(request.terminal is not None, f"{request!r} ended without a terminal")
+            self.validate_request(request)
+        resumable = sum(1 for request in self.requests.values() if request.submit.grace_ms)
+        check(resumable == len(self.refs), "requests that are gone can be resumed")
         check(len(self.gateways) == len(self.gateways_by_name), "a gateway is known by two routing ids")
         check(len(self.workers_by_peer) == len(self.workers), "a worker is known by two routing ids")
         offers = self._offers
@@ -250,6 +284,29 @@ class State:
             check(busy == worker.busy, f"worker {worker.name} counts {worker.busy}, holds {busy}")
             check(all(r.worker is worker for r in held), f"worker {worker.name} holds a foreign request")
             check(self.workers_by_peer.get(worker.peer) is worker, f"worker {worker.name} is not found by its peer")
+
+    def validate_request(self, request: Request) -> None:
+        """Check the rules for one record.
+
+        Raises:
+            InvariantError: a rule is broken.
+        """
+        gateway, worker = request.gateway, request.worker
+        if gateway is None:
+            check(request.expires is not None, f"{request!r} is nobody's, and for ever")
+        else:
+            check(request.rid in gateway.rids, f"{request!r} is not among its gateway's")
+            check(request.holder == gateway.name, f"{request!r} has another holder than its gateway")
+            check(self.gateways_by_name.get(gateway.name) is gateway, f"{request!r} has a dead gateway")
+        check(worker is None or request.rid in worker.rids, f"{request!r} is not among its worker's")
+        if request.phase in (Phase.QUEUED, Phase.RECOVERING):
+            check(worker is None, f"{request!r} waits and has a worker")
+        elif request.phase in RUNNING:
+            check(worker is not None and self.workers.get(worker.name) is worker, f"{request!r} runs on a dead worker")
+        check((request.terminal is not None) == (request.phase is Phase.ENDED), f"{request!r} and its terminal")
+        check(request.phase is not Phase.QUEUED or not request.attempt, f"{request!r} waits and has an attempt")
+        found = self.refs.get((request.submit.client, request.submit.ref))
+        check(not request.submit.grace_ms or found is request, f"{request!r} cannot be resumed")
 
 
 def check(holds: bool, story: str) -> None:

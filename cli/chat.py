@@ -16,13 +16,15 @@ import typer
 from weftline_client import (
     AuthenticationError,
     Client,
+    ConnectionLostError,
     NotConnectedError,
+    NoWorkersError,
     Result,
     WeftlineError,
 )
 
 from cli.fleet import print_json
-from cli.settings import ClientSettings, KeyOption, ModelOption, UrlOption
+from cli.settings import ClientSettings, KeyOption, ModelOption, UrlOption, websocket_url
 from common import logs
 from common.command import ConfigOption, DataDirOption, JsonOption
 from common.errors import AuthError, ProcessError, UnreachableError, UsageError
@@ -90,14 +92,21 @@ def client_arguments(settings: ClientSettings) -> dict[str, Any]:
 
     Raises:
         AuthError: there is no such key, or it can't be read.
-        UsageError: the files are not a client's.
+        UsageError: the files are not a client's, or the URL is none.
     """
     from weftline_client.credentials import load_config
 
-    with key_told(settings.key_file):
-        arguments = load_config(settings.key_file)
+    path = settings.key_file
+    with key_told(path):
+        arguments = load_config(path)
+        # The path in a config is absolute; keys are found beside it also after their folder was moved.
+        beside = path.parent / arguments["private_key_path"].name
+        if not arguments["private_key_path"].exists() and beside.exists():
+            arguments["private_key_path"] = beside
     if settings.url:
         arguments["server_url"] = settings.url
+    elif "server_url" in arguments:
+        websocket_url(arguments["server_url"])
     return arguments
 
 
@@ -115,7 +124,11 @@ def connected(settings: ClientSettings) -> Iterator[Client]:
         client = Client(**arguments)
     try:
         with client:
-            yield client
+            try:
+                yield client
+            except ConnectionLostError:
+                client.connect()  # if the gateway refuses this client by now, that is what is wrong
+                raise
     except WeftlineError as error:
         raise told(error) from None
 
@@ -150,6 +163,8 @@ def told(error: WeftlineError) -> ProcessError:
                 f"the gateway can't be reached: {error.message}. Start it with `weftline up` or `weftline gateway`, or "
                 "name another with --url."
             )
+        case NoWorkersError():
+            return UnreachableError(f"{error.message} ({error.code}). See what `weftline doctor` says.")
     return ProcessError(f"{error.message} ({error.code})")
 
 
@@ -157,10 +172,10 @@ def default_model(names: Sequence[str]) -> str:
     """The first model: gateways tell those that one can talk to before those that only embed.
 
     Raises:
-        ProcessError: there is no model at all.
+        UnreachableError: there is no model at all.
     """
     if not names:
-        raise ProcessError("no model can be served now. See `weftline hosts`, or ask `weftline doctor`.")
+        raise UnreachableError("no model can be served now. See `weftline hosts`, or ask `weftline doctor`.")
     return names[0]
 
 

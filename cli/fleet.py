@@ -1,35 +1,47 @@
-"""`weftline hosts` and `weftline ps`: what the broker knows, asked of it directly."""
+"""`weftline hosts`, `ps`, `drain` and `resume`: what the broker knows, and what it is told, by itself directly."""
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
 
 from cli.settings import BrokerOption, ClientSettings
 from common import process, protocol
 from common.command import ConfigOption, JsonOption
 from common.config import host_port
-from common.errors import Code, ProtocolError, UnreachableError
-from common.protocol import Engine, Error, Host, Job, Model, Query, Snapshot, short_name
+from common.errors import Code, ProtocolError, UnreachableError, UsageError
+from common.protocol import Admin, Engine, Error, Host, Job, Model, Query, Snapshot, short_name
 from common.transport import Socket
 
 ANSWER_S: Final = 2.0
 """A broker answers in a millisecond; what takes longer is not there."""
+WAIT_S: Final = 0.5
 
 T = TypeVar("T")
 
 
-async def ask(broker: str, what: str) -> Snapshot:
-    """The broker's answer to one `query`; nothing is registered there.
+async def ask(brokers: str, message: Query | Admin) -> Snapshot:
+    """The answer of the first broker that lives, of a list separated by commas; nothing is registered there.
 
     Raises:
-        UnreachableError: no answer in time, or from something that isn't the broker's port for gateways.
-        UsageError: the address is none.
+        UnreachableError: no answer in time, or from something that isn't a broker's port for gateways.
+        UsageError: an address is none, or there is no such host.
     """
+    *others, last = [address.strip() for address in brokers.split(",")]
+    for broker in others:
+        with contextlib.suppress(UnreachableError):
+            return await _ask(broker, message)
+    return await _ask(last, message)
+
+
+async def _ask(broker: str, question: Query | Admin) -> Snapshot:
     host, port = host_port(broker, "--broker")
-    answered: asyncio.Future[Snapshot | str] = asyncio.get_running_loop().create_future()
+    answered: asyncio.Future[Snapshot | Error] = asyncio.get_running_loop().create_future()
 
     def on_frame(_: bytes, frame: bytes) -> None:
         try:
@@ -37,12 +49,12 @@ async def ask(broker: str, what: str) -> Snapshot:
         except ProtocolError:
             message = Error(code=Code.INVALID_MESSAGE, message="it speaks another language")
         if isinstance(message, Snapshot | Error) and not answered.done():
-            answered.set_result(message if isinstance(message, Snapshot) else message.message)
+            answered.set_result(message)
 
     socket = Socket("dealer", on_frame)
     try:
         socket.connect(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
-        socket.send(protocol.encode(Query(id=1, what=what)))
+        socket.send(protocol.encode(question))
         async with asyncio.timeout(ANSWER_S):
             answer = await answered
     except TimeoutError:
@@ -52,9 +64,11 @@ async def ask(broker: str, what: str) -> Snapshot:
         ) from None
     finally:
         socket.close()
-    if isinstance(answer, str):
+    if isinstance(answer, Error):
+        if answer.code is Code.NOT_FOUND:
+            raise UsageError(answer.message)
         raise UnreachableError(
-            f"{broker} is not the port where a broker of this version waits for gateways ({answer}). "
+            f"{broker} is not the port where a broker of this version waits for gateways ({answer.message}). "
             "That is its --gateways address, tcp://127.0.0.1:5570 unless told; name it with --broker."
         )
     return answer
@@ -73,7 +87,7 @@ def hosts(
 ) -> int:
     """List the hosts with their engines, and for each model the slots that are busy and whether it is in memory."""
     settings = ClientSettings.load({"broker": broker}, config=config)
-    found = sorted(run(ask(settings.broker, "hosts")).hosts, key=lambda host: host.name)
+    found = sorted(run(ask(settings.broker, Query(id=1, what="hosts"))).hosts, key=lambda host: host.name)
     if as_json:
         print_json([_host_json(host) for host in found])
         return 0
@@ -104,7 +118,7 @@ def ps(
 ) -> int:
     """List the requests that run or wait, oldest first."""
     settings = ClientSettings.load({"broker": broker}, config=config)
-    snapshot = run(ask(settings.broker, "requests"))
+    snapshot = run(ask(settings.broker, Query(id=1, what="requests")))
     jobs = sorted(snapshot.jobs, key=lambda job: (job.position, -job.age_ms))
     if as_json:
         print_json([_job_json(job) for job in jobs])
@@ -131,6 +145,52 @@ def ps(
     return 0
 
 
+HostArgument = Annotated[str, typer.Argument(metavar="HOST", help="The host's name, as `weftline hosts` shows it.")]
+
+
+def drain(
+    host: HostArgument,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until nothing runs there, and nothing can be resumed from it.")
+    ] = False,
+    broker: BrokerOption = None,
+    config: ConfigOption = None,
+) -> int:
+    """Give a host no new requests, across its restarts, until `weftline resume`. What runs there finishes."""
+    settings = ClientSettings.load({"broker": broker}, config=config)
+    return run(_drain(settings.broker, host, wait=wait))
+
+
+async def _drain(brokers: str, name: str, *, wait: bool) -> int:
+    snapshot = await ask(brokers, Admin(id=1, action="drain", target=name))
+    told = -1
+    while found := next((host for host in snapshot.hosts if host.name == name), None):
+        left = sum(sum(slots.values()) for slots in found.busy.values()) + found.kept
+        if not wait or not left:
+            break
+        if left != told:
+            told = left
+            print(f"{name}: {left} requests run or can be resumed from it", file=sys.stderr)
+        await asyncio.sleep(WAIT_S)
+        # What was said may have been lost with a line; the host's own word counts.
+        question = Query(id=1, what="hosts") if found.draining else Admin(id=1, action="drain", target=name)
+        snapshot = await ask(brokers, question)
+    print(f"{name} takes no new requests.")
+    return 0
+
+
+def resume(
+    host: HostArgument,
+    broker: BrokerOption = None,
+    config: ConfigOption = None,
+) -> int:
+    """Let a host that was drained take requests again."""
+    settings = ClientSettings.load({"broker": broker}, config=config)
+    run(ask(settings.broker, Admin(id=1, action="resume", target=host)))
+    print(f"{host} takes requests again.")
+    return 0
+
+
 def _state(host: Host, engine: Engine) -> str:
     return "down" if not engine.up else "draining" if host.draining else "up"
 
@@ -144,6 +204,7 @@ def _host_json(host: Host) -> dict[str, Any]:
     return {
         "name": host.name,
         "draining": host.draining,
+        "kept": host.kept,
         "heartbeatAgeMs": host.beat_age_ms,
         "engines": [_engine_json(engine, Counter(host.busy.get(engine.url, {}))) for engine in host.engines],
     }

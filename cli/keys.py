@@ -7,20 +7,20 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit, urlunsplit
 
 import typer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from common.config import default_data_dir
+from cli.settings import websocket_url
+from common.config import default_data_dir, writable_dir
 from common.errors import ProcessError, UsageError
 from gateway.auth import ED25519, RSA_BITS_MIN, algorithm_named, load_public_key
-from gateway.store import PublicKey, Store, StoreError, check_client_id
+from gateway.store import FILE_NAME, Client, PublicKey, Store, StoreError, check_client_id
 
 DEFAULT_URL = "ws://127.0.0.1:3000"
 # More namesakes than this are a mistake of ours, not somebody who deleted key files.
@@ -45,20 +45,6 @@ class KeyFiles:
     def remove(self) -> None:
         for path in (self.private, self.public, self.config):
             path.unlink(missing_ok=True)
-
-
-def websocket_url(url: str) -> str:
-    """The WebSocket URL of a gateway; http, https and a bare HOST:PORT are understood.
-
-    Raises:
-        UsageError: it is no URL of a gateway.
-    """
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(url if "://" in url else f"ws://{url}")
-        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-        if scheme in ("ws", "wss") and parts.hostname and parts.port != 0:
-            return urlunsplit(parts._replace(scheme=scheme))
-    raise UsageError(f"{url!r} is not the URL of a gateway; it must read like ws://HOST:PORT.")
 
 
 def create_key_files(
@@ -194,10 +180,21 @@ DataDir = Annotated[
 
 
 @contextlib.contextmanager
-def _registry(data_dir: Path | None) -> Iterator[Store]:
-    """The open registry; a `ProcessError` within ends the command with its sentence and status."""
+def _registry(data_dir: Path | None, *, make: bool = False) -> Iterator[Store]:
+    """The open registry; a `ProcessError` within ends the command with its sentence and status.
+
+    Only with `make` does one come into being: else a mistyped folder would seem to be one without clients.
+    """
     try:
-        with contextlib.closing(Store.open(data_dir or default_data_dir())) as store:
+        folder = data_dir or default_data_dir()
+        if make:
+            writable_dir(folder)
+        elif not (folder / FILE_NAME).exists():
+            raise UsageError(
+                f"there is no client registry in {folder}. `weftline keys create NAME` makes one with its first "
+                "client; --data-dir names another folder."
+            )
+        with contextlib.closing(Store.open(folder)) as store:
             yield store
     except ProcessError as error:
         print(f"weftline: {error}", file=sys.stderr)
@@ -213,7 +210,7 @@ def create(
     data_dir: DataDir = None,
 ) -> None:
     """Make a key pair for a client and register its public key."""
-    with _registry(data_dir) as store:
+    with _registry(data_dir, make=True) as store:
         files = create_client(store, name, out, server_url=server_url, algorithm=algorithm)
     print(f"Created the client {name!r}, and registered its public key:")
     print(f"  {files.private}  (secret: give it to the client, to nobody else)")
@@ -233,7 +230,7 @@ def import_(
     data_dir: DataDir = None,
 ) -> None:
     """Register the public key of a client that made its own."""
-    with _registry(data_dir) as store:
+    with _registry(data_dir, make=True) as store:
         try:
             pem = public.read_bytes()
         except OSError as error:
@@ -249,8 +246,10 @@ def list_(
     data_dir: DataDir = None,
 ) -> None:
     """List all clients, revoked ones too."""
-    with _registry(data_dir) as store:
-        clients = store.list()
+    clients: Sequence[Client] = ()
+    if data_dir is not None or (default_data_dir() / FILE_NAME).exists():
+        with _registry(data_dir) as store:
+            clients = store.list()
     if as_json:
         rows = [
             {

@@ -15,6 +15,8 @@ COMMANDS: Final = {
     "models": ("cli.chat:models", "List the models that can be asked."),
     "hosts": ("cli.fleet:hosts", "List the hosts: engines, models, how busy they are."),
     "ps": ("cli.fleet:ps", "List the requests that run or wait."),
+    "drain": ("cli.fleet:drain", "Give a host no new requests, and wait for what runs there."),
+    "resume": ("cli.fleet:resume", "Let a drained host take requests again."),
     "doctor": ("cli.doctor:doctor", "Check every part, and say what is wrong and what to do."),
     "keys": ("cli.keys:app", "Create, import, list and revoke the keys of clients."),
     "broker": ("broker.__main__:broker", "Run the broker: it queues requests and balances them."),

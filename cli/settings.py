@@ -1,11 +1,14 @@
 """Settings of the commands that speak to a running fabric, and the options they share."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
 from common.config import Settings, default_data_dir
+from common.errors import UsageError
 
 
 class ClientSettings(Settings, frozen=True):
@@ -25,6 +28,10 @@ class ClientSettings(Settings, frozen=True):
     """Engines that `doctor` probes. Empty: those of this machine's worker, and OLLAMA_HOST."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
+    def __post_init__(self) -> None:
+        if self.url:
+            websocket_url(self.url)
+
     @property
     def data(self) -> Path:
         """The data dir, given or not."""
@@ -39,6 +46,23 @@ class ClientSettings(Settings, frozen=True):
         folder = self.data / "keys"
         made = [*folder.glob("local_config.json"), *folder.glob("local-*_config.json")]
         return max(made, key=lambda path: path.stat().st_mtime, default=folder / "local_config.json")
+
+
+def websocket_url(url: str) -> str:
+    """`url`, if it is the WebSocket URL of a gateway.
+
+    Raises:
+        UsageError: it isn't; what it should be is said, if that can be guessed.
+    """
+    meant = "ws://HOST:PORT"
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url if "://" in url else f"ws://{url}")
+        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+        if scheme in ("ws", "wss") and parts.hostname and parts.port != 0:
+            meant = urlunsplit(parts._replace(scheme=scheme))
+    if url != meant:
+        raise UsageError(f"{url!r} is not the URL of a gateway; it must read like {meant}")
+    return url
 
 
 UrlOption = Annotated[str | None, typer.Option(help="The gateway, ws://HOST:PORT. [what the key's config says]")]

@@ -1,5 +1,6 @@
 """What the commands of all processes share: common options, and how an error becomes a sentence and an exit status."""
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -10,8 +11,10 @@ import typer
 
 from common.errors import ProcessError
 
-ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings.", envvar="WEFTLINE_CONFIG")]
-DataDirOption = Annotated[Path | None, typer.Option(help="Keys and client registry.", envvar="WEFTLINE_DATA_DIR")]
+ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings. [none]", envvar="WEFTLINE_CONFIG")]
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Keys and client registry. [the user's data folder]", envvar="WEFTLINE_DATA_DIR")
+]
 InsecureOption = Annotated[
     bool | None, typer.Option("--insecure", help="Allow an unencrypted port that other machines can reach.")
 ]
@@ -53,3 +56,15 @@ def run_command(function: Callable[..., int], argv: list[str] | None, *, name: s
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(exits(function))
     return run_app(app, argv, name)
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may: each peer takes one, and the usual soft limit is 1024."""
+    if sys.platform == "win32":  # has no such limit
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS refuses "unlimited" although it says so.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -8,12 +8,24 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
+from common import history
 from common.errors import ProcessError
 
 PARENT = "WEFTLINE_PARENT_PID"
 """Set for a process that must not outlive the one that started it, even one killed with -9."""
 PARENT_INTERVAL_S = 1.0
 CLEAN_UP_S = 5.0
+
+
+class Stop(asyncio.Event):
+    """Set when the process is to end: at once if `hurry` (SIGINT), else when what runs is done (SIGTERM)."""
+
+    hurry = False
+
+
+def gently(stop: asyncio.Event) -> bool:
+    """Whether there is time to let finish what runs."""
+    return isinstance(stop, Stop) and not stop.hurry
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int | None]]) -> int:
@@ -23,7 +35,7 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int | None]]) -> int
     """
 
     async def supervised() -> int:
-        stop = asyncio.Event()
+        stop = Stop()
         with signals(stop):
             watcher = asyncio.create_task(_stop_with_parent(stop))
             try:
@@ -31,6 +43,7 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int | None]]) -> int
             finally:
                 watcher.cancel()
 
+    history.start()
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(supervised())
@@ -60,8 +73,8 @@ def process_error(error: BaseException) -> ProcessError | None:
 
 
 @contextlib.contextmanager
-def signals(stop: asyncio.Event) -> Iterator[None]:
-    """Set `stop` on SIGINT or SIGTERM; a second one ends the process the hard way."""
+def signals(stop: Stop) -> Iterator[None]:
+    """Set `stop` on SIGTERM, or on SIGINT in a hurry; a second one ends the process the hard way."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
@@ -69,6 +82,7 @@ def signals(stop: asyncio.Event) -> Iterator[None]:
         if stop.is_set():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        stop.hurry = number == signal.SIGINT
         stop.set()
 
     before = {number: signal.getsignal(number) for number in numbers}
@@ -86,11 +100,12 @@ def signals(stop: asyncio.Event) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-async def _stop_with_parent(stop: asyncio.Event) -> None:
+async def _stop_with_parent(stop: Stop) -> None:
     parent = os.environ.get(PARENT)
     while parent is not None and str(os.getppid()) == parent:  # noqa: ASYNC110 - the system tells nobody
         await asyncio.sleep(PARENT_INTERVAL_S)
     if parent is not None:
+        stop.hurry = True
         stop.set()
 
 

@@ -29,7 +29,9 @@ VERSION: Final = 1
 HEARTBEAT_INTERVAL_S: Final = 1.0
 """Both sides of every link send `beat` this often …"""
 HEARTBEATS_MISSED_MAX: Final = 3
-"""… and take the other for lost after this many without a message."""
+"""… and take the other for lost after this many without a message …"""
+SILENCE_S: Final = HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX
+"""… that is, after so long."""
 
 BODY_BYTES_MAX: Final = 16 * 2**20
 """A request's body. Larger ones will travel in parts; until then they end in TOO_LARGE."""
@@ -57,6 +59,13 @@ Attempt = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 """As `attempt_of` makes them, with room for one more."""
 Short = Annotated[str, msgspec.Meta(max_length=1024)]
 """What a queued request keeps beside its body is bounded too: the broker counts bodies only."""
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+"""What is said to people."""
+ENGINES_MAX: Final = 64
+MODELS_MAX: Final = 4096
+"""Models of one engine."""
+LEASES_MAX: Final = 10_000
 Method = Annotated[str, msgspec.Meta(pattern="^[A-Z]{1,16}$")]
 
 
@@ -70,10 +79,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 class Model(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model an engine can serve, by its full name (`llama2:latest`). Aliases share a digest, and so their slots."""
 
-    name: str
-    digest: str
-    slots: int = 1
-    size_bytes: int = 0
+    name: Name
+    digest: Name
+    slots: Count = 1
+    size_bytes: Count = 0
     embedding: bool = False
     resident: bool = False
 
@@ -81,20 +90,34 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An Ollama server (or an embedded or simulated engine) behind a worker; `url` names it within the worker."""
 
-    url: str
-    kind: str = "ollama"
-    version: str = ""
+    url: Name
+    kind: Name = "ollama"
+    version: Name = ""
     up: bool = True
-    error: str = ""
-    models: tuple[Model, ...] = ()
+    error: Text = ""
+    models: Annotated[tuple[Model, ...], msgspec.Meta(max_length=MODELS_MAX)] = ()
+
+
+Engines = Annotated[tuple[Engine, ...], msgspec.Meta(max_length=ENGINES_MAX)]
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A lease a worker holds, as it says in `register`: `top` events are in its replay buffer."""
+    """A lease a worker holds, as it says in `register`: `top` events exist, and `ended` says that no more will.
+
+    The rest is what the `assign` said, so that a broker that knows nothing can take the request up again.
+    """
 
     rid: bytes
-    attempt: int
-    top: int = 0
+    attempt: Attempt
+    engine: str
+    digest: str
+    client: Short
+    ref: Short
+    model: Short
+    path: Short
+    method: Method = "POST"
+    grace_ms: Count = 0
+    top: Count = 0
     ended: bool = False
 
 
@@ -116,7 +139,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Hello(Message, frozen=True):
     """First message of a gateway, and its answer to `who`."""
 
-    name: str
+    name: Name
     version: int = VERSION
 
 
@@ -124,8 +147,13 @@ class Submit(Message, frozen=True):
     """A job: an HTTP call in a box. Payload: the request body, exactly as it will be posted.
 
     `client` is the authenticated identity and `ref` the client's own id of the request: (client, ref) names it from
-    outside. `grace_ms` is how long it may outlive its client. `waited_ms`, `attempt` and `next_seq` are what a
-    resubmission knows from before.
+    outside. `grace_ms` is how long it waits for a client whose line broke; 0 for one that does not resume.
+
+    The rest is what a resubmission knows from before. `accepted`: a broker has said so. `attempt` is the last attempt
+    the gateway heard of, and `lost` says that it is over, so the request is to run again: from the start, or, where
+    `next_seq` events have arrived, as a continuation, whose payload is the body (`body_bytes` of it) and then those
+    events. `attachment` counts how often the request changed hands. `absent_ms`: its client has been away so long.
+    `migrate`: it may be continued on another host; `continued` counts how often it was.
     """
 
     rid: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -139,8 +167,15 @@ class Submit(Message, frozen=True):
     deadline_ms: Count | None = None
     grace_ms: Count = 0
     waited_ms: Count = 0
+    accepted: bool = False
     attempt: Attempt = 0
+    lost: bool = False
     next_seq: Count = 0
+    body_bytes: Count = 0
+    migrate: bool = True
+    continued: Count = 0
+    attachment: Count = 0
+    absent_ms: Count | None = None
     prompt_bytes: Count = 0
     prefix: Annotated[tuple[Annotated[bytes, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=64)] = ()
 
@@ -163,17 +198,23 @@ class Replay(Message, frozen=True):
 
 
 class Ack(Message, frozen=True):
-    """The gateway has everything up to the terminal: the worker may forget the request."""
+    """The gateway has everything up to the terminal. The request is forgotten once its client cannot resume it."""
+
+    rid: bytes
+
+
+class Detach(Message, frozen=True):
+    """The client's line broke: the request waits `grace_ms` for it. Its gateway goes on receiving it."""
 
     rid: bytes
 
 
 class Attach(Message, frozen=True):
-    """Reserved for resume: take over the request that (client, ref) names."""
+    """A client is back: what is the request that (client, ref) names? Answered by `attached` of the same id."""
 
-    client: str
-    ref: str
-    attachment: int = 0
+    id: int
+    client: Short
+    ref: Short
 
 
 class Query(Message, frozen=True):
@@ -184,7 +225,7 @@ class Query(Message, frozen=True):
 
 
 class Admin(Message, frozen=True):
-    """Reserved for operators: drain a host, resume it."""
+    """An operator's wish: `action` is "drain" or "resume", `target` a host. Answered by a `snapshot` of hosts."""
 
     id: int
     action: str
@@ -195,6 +236,10 @@ class Beat(Message, frozen=True):
     """A sign of life. A worker's carries the number of events of every lease it streams."""
 
     tops: dict[bytes, int] = {}
+
+
+class Probe(Message, frozen=True):
+    """Are you there? Answered by `beat`. Of one who serves another broker, so it is no sign that it serves this one."""
 
 
 # broker → gateway -----------------------------------------------------------------------------------------------------
@@ -224,7 +269,7 @@ class Leased(Message, frozen=True):
 
 
 class Started(Message, frozen=True):
-    """The engine answered: HTTP status and content type; event 0 follows."""
+    """The engine answered with this; events follow. Payload, in a replay from 0: the request body."""
 
     rid: bytes
     attempt: int
@@ -253,8 +298,8 @@ class End(Message, frozen=True):
     """The request is complete when its `seq` events have arrived."""
 
     rid: bytes
-    attempt: int
-    seq: int
+    attempt: Attempt
+    seq: Count
     stats: Stats
 
 
@@ -262,16 +307,18 @@ class Failed(Message, frozen=True):
     """The attempt, or the request, failed after `seq` events. Payload: the engine's own answer, if it gave one.
 
     From a worker, `retryable` says that another host may do better; from the broker the request is over.
+    `resubmit`, from the broker, says that the gateway may submit it again from where it stands.
     `retry_after_ms` says when to come back and `models` which models there are, where that helps.
     """
 
     rid: bytes
     attempt: int
     code: Code
-    message: str
-    seq: int = 0
+    message: Text
+    seq: Count = 0
     status: int = 0
     retryable: bool = False
+    resubmit: bool = False
     retry_after_ms: int | None = None
     models: tuple[str, ...] = ()
 
@@ -283,18 +330,41 @@ class Lost(Message, frozen=True):
     attempt: int
 
 
+class Attached(Message, frozen=True):
+    """The answer to `attach`: the request, with its `attempt` and a new `attachment`; None: there is none.
+
+    It changes hands when its `submit` comes back, from a gateway whose client is still there.
+    Payload: its body, if the broker still has it; else it comes with the `started` of a replay from 0.
+    """
+
+    id: int
+    submit: Submit | None = None
+
+
 class Detached(Message, frozen=True):
-    """Reserved for resume: another gateway attached to the request."""
+    """The request is another gateway's now."""
 
     rid: bytes
 
 
+class Forgotten(Message, frozen=True):
+    """The events below `base` that a `replay` asked for are no longer kept."""
+
+    rid: bytes
+    attempt: int
+    base: int
+
+
 class Host(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A worker, as operators see it. `busy` counts leases by engine url and model digest."""
+    """A worker, as operators see it.
+
+    `busy` counts leases by engine url and model digest, `kept` requests that ended and can still be resumed from it.
+    """
 
     name: str
     engines: tuple[Engine, ...]
     busy: dict[str, dict[str, int]] = {}
+    kept: int = 0
     draining: bool = False
     beat_age_ms: int = 0
     epoch: str = ""
@@ -338,10 +408,10 @@ class Register(Message, frozen=True):
     `epoch` is random per process start: the newest process of a name wins.
     """
 
-    name: str
-    epoch: str
-    engines: tuple[Engine, ...]
-    leases: tuple[Claim, ...] = ()
+    name: Name
+    epoch: Name
+    engines: Engines
+    leases: Annotated[tuple[Claim, ...], msgspec.Meta(max_length=LEASES_MAX)] = ()
     draining: bool = False
     version: int = VERSION
 
@@ -349,7 +419,7 @@ class Register(Message, frozen=True):
 class State(Message, frozen=True):
     """The worker's engines changed."""
 
-    engines: tuple[Engine, ...]
+    engines: Engines
     draining: bool = False
 
 
@@ -358,7 +428,7 @@ class Refused(Message, frozen=True):
 
     rid: bytes
     attempt: int
-    reason: str
+    reason: Text
 
 
 class Bye(Message, frozen=True):
@@ -379,7 +449,10 @@ class Who(Message, frozen=True):
 
 
 class Assign(Message, frozen=True):
-    """Run a job on an engine. Payload: the request body. `digest` names the slot it takes."""
+    """Run a job on an engine. Payload: the request body. `digest` names the slot it takes.
+
+    With `start` > 0 it is continued: `body_bytes` of the payload are the body, the rest its events below `start`.
+    """
 
     rid: bytes
     attempt: int
@@ -388,8 +461,12 @@ class Assign(Message, frozen=True):
     model: str
     digest: str
     path: str
+    client: Short = ""
+    ref: Short = ""
     method: Method = "POST"
-    start: int = 0
+    grace_ms: Count = 0
+    start: Count = 0
+    body_bytes: Count = 0
 
 
 class Release(Message, frozen=True):
@@ -399,7 +476,7 @@ class Release(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Reserved for operators: take no new lease, or take them again."""
+    """Take no new lease, or take them again; the worker keeps it in mind beyond its restart."""
 
     on: bool = True
 
@@ -421,14 +498,29 @@ class Error(Message, frozen=True):
     """The peer's message could not be understood."""
 
     code: Code
-    message: str
+    message: Text
 
 
-FromGateway = Hello | Submit | Cancel | Attach | Replay | Ack | Query | Admin | Beat | Bye | Error
+FromGateway = Hello | Submit | Cancel | Detach | Attach | Replay | Ack | Query | Admin | Beat | Probe | Bye | Error
 ToGateway = (
-    Who | Accepted | Queued | Leased | Started | Chunk | Gap | End | Failed | Lost | Detached | Snapshot | Beat | Error
+    Who
+    | Accepted
+    | Queued
+    | Leased
+    | Started
+    | Chunk
+    | Gap
+    | Forgotten
+    | End
+    | Failed
+    | Lost
+    | Attached
+    | Detached
+    | Snapshot
+    | Beat
+    | Error
 )
-FromWorker = Register | State | Beat | Started | Chunk | End | Failed | Refused | Bye | Error
+FromWorker = Register | State | Beat | Probe | Started | Chunk | Forgotten | End | Failed | Refused | Bye | Error
 ToWorker = Registered | Who | Assign | Cancel | Replay | Release | Drain | Superseded | ModelOp | Beat | Error
 
 _encoder = msgspec.msgpack.Encoder()

@@ -8,6 +8,7 @@ Why each option is set (libzmq 4.3.5, measured):
 - IMMEDIATE: nothing queues for a broker that is not there. What was sent and not read when a line breaks is lost, and
   the rules of the wire repair that (registration numbers, `gap`, `replay`).
 - RECONNECT_IVL and RECONNECT_IVL_MAX are drawn per process: libzmq adds no jitter once a maximum is set.
+- CONNECT_TIMEOUT: else the kernel's own back-off decides how soon a host that was cut off is back (13 s after 30 s).
 - MAXMSGSIZE: an announced 8 GiB frame would be allocated. HANDSHAKE_IVL cuts silent peers. A finite LINGER lets a
   process end.
 
@@ -16,7 +17,6 @@ until EAGAIN (or its cap, then comes back), and after sends the state is looked 
 """
 
 import asyncio
-import ipaddress
 import random
 from collections import deque
 from collections.abc import Callable
@@ -35,7 +35,11 @@ HWM: Final = 1000
 OUTBOX_MESSAGES_MAX: Final = 2000
 OUTBOX_BYTES_MAX: Final = 64 * 2**20
 """What waits in this process for a peer whose HWM is reached; beyond it droppable messages are dropped (their gap is
-repaired by `replay`) and a peer that can't take its control messages counts as gone."""
+repaired by `replay`)."""
+RESERVE_MESSAGES: Final = 1000
+RESERVE_BYTES: Final = FRAME_BYTES_MAX
+"""What control messages may take beyond that: chunks alone never cost a peer its terminals. One that can't take these
+either counts as gone, and nothing is kept for it."""
 FLUSH_INTERVAL_S: Final = 0.005
 LINGER_MS: Final = 300
 
@@ -76,20 +80,26 @@ class Socket:
         self, kind: str, on_frame: OnFrame, *, on_batch: Callable[[], None] | None = None, hwm: int = HWM
     ) -> None:
         self._router = kind == "router"
-        self._socket: zmq.Socket[bytes] = _context().socket(zmq.ROUTER if self._router else zmq.DEALER)
         self._on_frame = on_frame
         self._on_batch = on_batch
         self._outboxes: dict[bytes, _Outbox] = {}
         self._loop = asyncio.get_running_loop()
         self._flush_handle: asyncio.TimerHandle | None = None
         self._look_scheduled = False
+        self._hwm = hwm
+        self._address = ""
         self.broken: asyncio.Future[None] = self._loop.create_future()
+        self._open()
+
+    def _open(self) -> None:
+        self._socket: zmq.Socket[bytes] = _context().socket(zmq.ROUTER if self._router else zmq.DEALER)
         option: dict[int, int] = {
-            zmq.SNDHWM: hwm,
-            zmq.RCVHWM: hwm,
+            zmq.SNDHWM: self._hwm,
+            zmq.RCVHWM: self._hwm,
             zmq.LINGER: LINGER_MS,
             zmq.IMMEDIATE: 1,
             zmq.MAXMSGSIZE: FRAME_BYTES_MAX,
+            zmq.CONNECT_TIMEOUT: 2000,
             zmq.HANDSHAKE_IVL: 5000,
             zmq.BACKLOG: 4096,
             zmq.RECONNECT_IVL: random.randint(50, 150),
@@ -129,17 +139,35 @@ class Socket:
             self._socket.connect(address)
         except zmq.ZMQError as error:
             raise ProcessError(f"cannot connect to {address!r}: {error}. It should read tcp://HOST:PORT.") from None
+        self._address = address
         self._look_later()
 
+    def dial_again(self) -> None:
+        """Begin anew with the address that was connected to.
+
+        libzmq ends the session of a DEALER that was sent more than MAXMSGSIZE, and never dials again.
+        """
+        self._loop.remove_reader(self._fd)
+        self._socket.close(0)
+        self._outboxes.clear()
+        self._open()
+        self.connect(self._address)
+
     def send(self, frame: bytes, peer: bytes = b"", *, droppable: bool = False) -> Sent:
-        """Send now, or as soon as the peer takes it; never blocks, and keeps the order per peer."""
+        """Send now, or as soon as the peer takes it; never blocks, and keeps the order per peer.
+
+        FULL is for droppable frames only; at GONE all that waited for the peer is let go.
+        """
         outbox = self._outboxes.get(peer)
         if outbox is None:
             sent = self._try(peer, frame)
             if sent is not Sent.FULL:
                 return sent
             outbox = self._outboxes[peer] = _Outbox()
-        if len(outbox.frames) >= OUTBOX_MESSAGES_MAX or outbox.bytes + len(frame) > OUTBOX_BYTES_MAX:
+        messages_max, bytes_max = OUTBOX_MESSAGES_MAX, OUTBOX_BYTES_MAX
+        if not droppable:
+            messages_max, bytes_max = messages_max + RESERVE_MESSAGES, bytes_max + RESERVE_BYTES
+        if len(outbox.frames) >= messages_max or outbox.bytes + len(frame) > bytes_max:
             if droppable:
                 return Sent.FULL
             del self._outboxes[peer]
@@ -156,11 +184,6 @@ class Socket:
     def discard(self) -> None:
         """Drop what waits in the outboxes: the peer it was for is gone."""
         self._outboxes.clear()
-
-    @property
-    def waiting(self) -> int:
-        """Messages in all outboxes."""
-        return sum(len(outbox.frames) for outbox in self._outboxes.values())
 
     def close(self) -> None:
         """Close; what libzmq still holds is sent for at most LINGER_MS in the background."""
@@ -264,12 +287,3 @@ def _context() -> "zmq.Context[Any]":
         _shared = zmq.Context()
         _shared.set(zmq.MAX_SOCKETS, 4096)
     return _shared
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach `tcp://host:port` or `host:port`."""
-    host = address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -12,6 +12,7 @@ from common.command import (
     InsecureOption,
     LogFormatOption,
     LogLevelOption,
+    raise_file_limit,
     run_command,
 )
 from gateway import app
@@ -42,6 +43,7 @@ def gateway(
         config=config,
     )
     logs.setup(level=settings.log_level, fmt=settings.log_format)
+    raise_file_limit()
     return process.run(lambda stop: app.run(settings, stop))
 
 

@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket
 from common.config import default_data_dir, host_port, refuse_exposed, writable_dir
 from common.errors import ProcessError
 from common.logs import Log
-from common.process import until
+from common.process import gently, until
 from gateway.auth import Authenticator
 from gateway.metrics import Metrics
 from gateway.protocols import Limits, listener, protocols
@@ -30,6 +30,7 @@ log = Log("gateway")
 REVOCATIONS_S = 1.0
 STOP_S = 5.0
 """How long connections get to hear that the gateway ends."""
+DRAIN_LOOK_S = 0.05
 
 
 class Gateway:
@@ -38,6 +39,7 @@ class Gateway:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._connections: set[Connection] = set()
+        self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
         origins = services.settings.origins
@@ -49,6 +51,7 @@ class Gateway:
                 Route("/metrics", self._metrics),
                 WebSocketRoute("/", self._websocket),
                 WebSocketRoute("/ws", self._websocket),
+                WebSocketRoute("/{path:path}", self._elsewhere),
             ],
             middleware=[Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET"])],
         )
@@ -65,10 +68,37 @@ class Gateway:
             if changed:
                 change = changed[-1].change
             revoked = {client.id for client in changed if client.revoked}
+            self._services.authenticator.revoke(revoked)
             for connection in list(self._connections) if revoked else ():
                 if connection.client in revoked:
                     connection.revoke()
+            if revoked:
+                self._services.upstream.revoke(revoked)
             await asyncio.sleep(REVOCATIONS_S)
+
+    async def until_drained(self, stop: asyncio.Event) -> None:
+        """Wait for `stop`; then, if there is time, let clients finish, or go elsewhere one after the other."""
+        await stop.wait()
+        if not gently(stop):
+            return
+        settings = self._services.settings
+        self._draining = True
+        log("draining", connections=len(self._connections))
+        for connection in list(self._connections):
+            connection.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.drain_s):
+                idle = [connection for connection in self._connections if connection.idle]
+                for connection in idle:
+                    await asyncio.sleep(settings.drain_stagger_s / len(idle))
+                    connection.dismiss()
+                while self._connections:
+                    for connection in list(self._connections):
+                        if connection.idle:
+                            connection.dismiss()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(DRAIN_LOOK_S):
+                            await self._empty.wait()
 
     async def dismiss(self) -> None:
         """Send every client away, and wait a moment for them to go."""
@@ -84,6 +114,9 @@ class Gateway:
         if origin is not None and "*" not in settings.origins and origin not in settings.origins:
             await websocket.send_denial_response(PlainTextResponse("this origin may not connect", 403))
             return
+        if self._draining:
+            await websocket.send_denial_response(PlainTextResponse("this gateway is shutting down", 503))
+            return
         if metrics.unauthenticated >= settings.unauthenticated_max:
             busy = PlainTextResponse("too many connections are authenticating", 503, {"Retry-After": "5"})
             await websocket.send_denial_response(busy)
@@ -98,6 +131,9 @@ class Gateway:
             if not self._connections:
                 self._empty.set()
 
+    async def _elsewhere(self, websocket: WebSocket) -> None:
+        await websocket.send_denial_response(PlainTextResponse("clients connect to / or /ws", 404))
+
     async def _root(self, _: Request) -> Response:
         return PlainTextResponse("weftline is running\n")
 
@@ -108,7 +144,9 @@ class Gateway:
         upstream = self._services.upstream
         fleet = upstream.fleet
         reason = (
-            "the broker does not answer"
+            "this gateway is shutting down"
+            if self._draining
+            else "the broker does not answer"
             if not upstream.connected
             else "no worker is connected"
             if not fleet.workers
@@ -150,7 +188,16 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
             ) from None
         stack.callback(sock.close)
         actual = f"{host}:{sock.getsockname()[1]}"
-        upstream = stack.enter_context(contextlib.closing(Upstream(settings.broker, lost_s=settings.broker_lost_s)))
+        upstream = stack.enter_context(
+            contextlib.closing(
+                Upstream(
+                    settings.brokers,
+                    lost_s=settings.broker_lost_s,
+                    resume_s=settings.resume_s,
+                    migrate=settings.migrate,
+                )
+            )
+        )
         services = Services(
             settings=settings,
             upstream=upstream,
@@ -186,7 +233,12 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
             if on_ready is not None:
                 on_ready(f"http://{actual}")
             await until(
-                stop, upstream.run(), upstream.broken(), gateway.watch_revocations(store), asyncio.shield(serving)
+                asyncio.Event(),
+                gateway.until_drained(stop),
+                upstream.run(),
+                upstream.broken(),
+                gateway.watch_revocations(store),
+                asyncio.shield(serving),
             )
             await gateway.dismiss()
         finally:

@@ -20,7 +20,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -233,16 +233,24 @@ class Authenticator:
         self._clock = clock
         self._rng = rng
         self._sleep = sleep
+        self._revoked: set[str] = set()
         _dummy_key()  # made now: the first unknown client must not take longer than the next
 
     def challenge(self) -> Challenge:
         """A challenge for a connection just accepted."""
         return issue(self._server, self._clock(), self._rng)
 
+    def revoke(self, client_ids: Iterable[str]) -> None:
+        """Let these clients in no more, whatever a look-up under way found; a revoked name never comes back."""
+        self._revoked.update(client_ids)
+
     async def authenticate(
         self, challenge: Challenge, client_id: str, signature: str, algorithm: str | None = None
     ) -> Client:
         """The client, if it is who it says. Call it on receipt of `authenticate`, with its connection's own challenge.
+
+        Who it returns to hears of it in the same turn of the loop, so a revocation is either seen here or finds the
+        connection with its client's name.
 
         Raises:
             FabricError: AUTH_FAILED, `ANSWER_S` after the call; under a flood, at a later multiple of it.
@@ -252,7 +260,7 @@ class Authenticator:
         fresh = challenge.take(received)
         async with self._turn:
             client = await asyncio.to_thread(self._decide, challenge.line, client_id, signature, algorithm)
-        if fresh and client is not None:
+        if fresh and client is not None and client.id not in self._revoked:
             return client
         # On a grid, so that a slow answer says no more than a fast one.
         elapsed = self._clock() - received

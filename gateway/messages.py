@@ -26,7 +26,10 @@ class FromClient(Struct, frozen=True, kw_only=True, rename="camel", tag_field="t
 
 
 class Authenticate(FromClient, frozen=True, kw_only=True):
-    """Answer to `challenge`: the signature over the challenge's bytes, in base64."""
+    """Answer to `challenge`: the signature over the challenge's bytes, in base64.
+
+    With `resume` the client's requests wait for it when its line breaks; their ids must be unique among all it makes.
+    """
 
     client_id: Annotated[str, Meta(max_length=256)]
     signature: Annotated[str, Meta(max_length=4096)]
@@ -35,7 +38,10 @@ class Authenticate(FromClient, frozen=True, kw_only=True):
 
 
 class Job(FromClient, frozen=True, kw_only=True):
-    """What every request has. `priority` and `deadline_ms` are for the queue; the rest is Ollama's."""
+    """What every request has. `priority` and `deadline_ms` are for the queue; the rest is Ollama's.
+
+    Without `migrate` a stream whose host dies is not continued on another one.
+    """
 
     id: Id
     model: ModelName
@@ -43,6 +49,7 @@ class Job(FromClient, frozen=True, kw_only=True):
     keep_alive: str | float | None = None
     priority: Annotated[str, Meta(pattern="^(interactive|normal|batch)$")] = "normal"
     deadline_ms: Annotated[int, Meta(gt=0, le=86_400_000)] | None = None
+    migrate: bool = True
 
 
 class Generate(Job, frozen=True, kw_only=True):
@@ -81,10 +88,10 @@ class Stop(FromClient, frozen=True, kw_only=True):
 
 
 class Resume(FromClient, frozen=True, kw_only=True):
-    """Reserved: go on with a stream after a break."""
+    """Go on with a stream after a break, from the event after `last_seq`; -1: from the first."""
 
     id: Id
-    last_seq: int
+    last_seq: Annotated[int, Meta(ge=-1, lt=2**53)]
 
 
 class Models(FromClient, frozen=True, kw_only=True):
@@ -192,6 +199,10 @@ class Pong(ToClient, frozen=True, kw_only=True, tag="pong"):
     """Answer to `ping`."""
 
 
+class Draining(ToClient, frozen=True, kw_only=True, tag="draining"):
+    """The gateway is going to close this connection: start nothing more on it."""
+
+
 ClientMessage = Authenticate | Generate | Chat | Embed | Stop | Resume | Models | Ping
 ServerMessage = (
     Challenge
@@ -204,6 +215,7 @@ ServerMessage = (
     | ErrorMessage
     | ModelsResult
     | Pong
+    | Draining
 )
 
 
@@ -339,7 +351,8 @@ class Embeddings(Struct, frozen=True):
 decode_line: Final = msgspec.json.Decoder(Line).decode
 decode_embeddings: Final = msgspec.json.Decoder(Embeddings).decode
 
-_QUEUE_FIELDS: Final = frozenset({"id", "priority", "deadline_ms", "options"})
+_QUEUE_FIELDS: Final = frozenset({"id", "priority", "deadline_ms", "migrate", "options"})
+EMBED_PATH: Final = "/api/embed"
 
 
 def ollama_call(job: Job) -> tuple[str, bytes]:

@@ -27,6 +27,7 @@ class Metrics(Collector):
         self.connections = 0
         self.authentications_failed = 0
         self.requests = 0
+        self.resumes = 0
         self.events = 0
         self.pauses = 0
         self.errors: Tally[Code] = Tally()
@@ -74,6 +75,7 @@ class Metrics(Collector):
             yield GaugeMetricFamily(f"weftline_{name}", text, value)
         for name, text, value in (
             ("requests", "Requests accepted from clients", self.requests),
+            ("resumes", "Requests that clients came back for", self.resumes),
             ("events", "Lines passed on to clients", self.events),
             ("completion_tokens", "Tokens generated, as the engines count them", self.completion_tokens),
             ("prompt_tokens", "Tokens of prompts, as the engines count them", self.prompt_tokens),

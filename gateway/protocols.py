@@ -359,6 +359,8 @@ class DefendedWebSocketProtocol(WebSocketsSansIOProtocol):
         """
         if message["type"] != "websocket.send" or not self.handshake_complete:
             await super().send(message)
+            if self.close_sent:
+                self.handshake_complete = True  # refused: uvicorn forgets it, and would log an error
             # After its own close the application receives no more; what waits may be the peer's answer.
             self._parse()
             return

@@ -3,11 +3,20 @@
 Rules
 -----
 - Only the contiguous next event of the current attempt goes on to the client. Anything earlier is a repeat and is
-  dropped; anything later is a gap and is asked for with `replay`, one at a time.
+  dropped; anything later is a gap and is asked for with `replay`, one at a time, until all that is known to exist has
+  come.
 - A terminal counts only when the events before it have all been passed on; till then it is kept and the gap repaired.
   What the broker ended itself (cancelled, deadline) counts at once: there is nothing left to replay.
+- A failure that may be retried (`resubmit`) is not the end if the request can run again: from the start if nothing has
+  arrived, else as a continuation. For that the stream keeps the events it passed on, up to HISTORY_BYTES_MAX; without
+  them, or if the job cannot be continued (common/continuation.py), the failure is the terminal.
 - `ack` follows the terminal, always, so that the worker can forget the request.
 - While the client reads too slowly (`pause`), events are let go; `unpause` asks for them again. The worker has them.
+- A stream that was resumed starts again at event 0, so that it has all it needs to continue; what its client has
+  already (below `wanted`) is for its sink to drop. If the worker has forgotten the beginning, it starts where the
+  worker can, and if that is beyond `wanted`, it ends in RESUME_GAP. As long as it has not all that its client has, it
+  can't run again: another text would not go on from the client's.
+- Where REPLAYS_FRUITLESS_MAX replays brought nothing, the host counts as lost, whatever the broker thinks of it.
 
 A stream is pure: it is told messages and the time, and answers with `Output`s, which the shell carries out in order.
 """
@@ -16,14 +25,21 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from msgspec.structs import replace
+
+from common.continuation import objection
 from common.errors import Code
 from common.protocol import (
+    ATTEMPTS_MAX,
+    BODY_BYTES_MAX,
+    COUNT_MAX,
     Accepted,
     Ack,
     Cancel,
     Chunk,
     End,
     Failed,
+    Forgotten,
     Gap,
     Leased,
     Lost,
@@ -35,8 +51,13 @@ from common.protocol import (
     ordinal_of,
 )
 
+NDJSON: Final = "application/x-ndjson"
 REPLAY_PATIENCE_S: Final = 1.0
 """A replay that brought nothing for so long is asked for again."""
+REPLAYS_FRUITLESS_MAX: Final = 30
+"""After so many in a row nobody has the events, or nobody gets them through."""
+HISTORY_BYTES_MAX: Final = 4 * 2**20
+"""Events kept of a stream so that it can be continued; a longer one ends with its host."""
 
 
 class Phase(Enum):
@@ -92,29 +113,50 @@ class Over:
     payload: bytes
 
 
-Output = ToBroker | Waits | Begins | Events | Over
+@dataclass(slots=True)
+class Moved:
+    """The client came back elsewhere, or through another stream: nothing more comes here."""
+
+
+Output = ToBroker | Waits | Begins | Events | Over | Moved
 
 _AT_ONCE: Final = frozenset({Code.CANCELLED, Code.DEADLINE_EXCEEDED})
+_NOWHERE: Final = frozenset({Code.WORKER_LOST, Code.NO_WORKERS, Code.MODEL_NOT_FOUND})
+"""What a continuation ends with that no host could take up."""
 
 
 class Stream:
-    """One request. `now` is monotonic; `*_at` attributes are when things were first seen."""
+    """One request. `now` is monotonic; `*_at` attributes are when things were first seen.
 
-    def __init__(self, submit: Submit, body: bytes, now: float) -> None:
+    `body` may be empty for a stream that was resumed: it comes with the replay. `events` are those that a waiting
+    continuation has already (`submit.next_seq` of them).
+    """
+
+    def __init__(self, submit: Submit, body: bytes, now: float, *, wanted: int = 0, events: bytes = b"") -> None:
         self.submit = submit
         self.body = body
-        self.phase = Phase.SUBMITTED
-        self.attempt = 0
-        self.next_seq = 0
+        self.phase = Phase.WAITING if submit.accepted else Phase.SUBMITTED
+        self.attempt = submit.attempt
+        self.next_seq = submit.next_seq
+        self.wanted = min(wanted, COUNT_MAX - 1)  # a worker that has nothing of it forgot what is below COUNT_MAX
+        self.continued = submit.continued
         self.worker = ""
-        self.submitted_at = now
+        self.submitted_at = now - submit.waited_ms / 1000
         self.leased_at: float | None = None
         self.first_event_at: float | None = None
+        self.absent_since: float | None = None
         self._begun = False
         self._paused = False
         self._cancelled: str | None = None
+        self._lost = submit.lost
         self._terminal: Over | None = None
+        self._cause: Over | None = None  # why it is being continued
+        self._top = submit.next_seq
         self._replay_asked_at: float | None = None
+        self._replay_bytes = 0
+        self._replays_fruitless = 0
+        self._history: list[bytes] | None = [events] if submit.migrate else None
+        self._history_bytes = len(events)
 
     @property
     def attempts(self) -> int:
@@ -123,33 +165,37 @@ class Stream:
 
     def submission(self, now: float) -> list[Output]:
         """What to send first, and again after every break with the broker."""
-        if self.phase is Phase.OVER:
-            return []
         self._replay_asked_at = None
+        self._replays_fruitless = 0
         if self._cancelled is not None:
-            return [ToBroker(Cancel(rid=self.submit.rid, attempt=self.attempt, reason=self._cancelled))]
-        waited = now - self.submitted_at
+            return [self._cancellation(self._cancelled)]
+        waited_ms = int((now - self.submitted_at) * 1000)
         deadline = self.submit.deadline_ms
-        message = Submit(
-            rid=self.submit.rid,
-            client=self.submit.client,
-            ref=self.submit.ref,
-            model=self.submit.model,
-            path=self.submit.path,
-            method=self.submit.method,
-            priority=self.submit.priority,
-            deadline_ms=None if deadline is None else max(0, deadline - int(waited * 1000)),
-            waited_ms=int(waited * 1000),
+        continues = self._lost and self.next_seq > 0
+        message = replace(
+            self.submit,
+            deadline_ms=None if deadline is None else max(0, deadline - waited_ms + self.submit.waited_ms),
+            waited_ms=waited_ms,
+            accepted=self.phase is not Phase.SUBMITTED,
             attempt=self.attempt,
-            next_seq=self.next_seq,
+            lost=self._lost,
+            # What its client has no other attempt may bring, though it has not come here again yet.
+            next_seq=self.next_seq if self._lost else max(self.next_seq, self.wanted),
+            body_bytes=len(self.body),
+            continued=self.continued,
+            absent_ms=None if self.absent_since is None else int((now - self.absent_since) * 1000),
         )
-        return [ToBroker(message, self.body)]
+        return [ToBroker(message, b"".join([self.body, *(self._history or ())]) if continues else self.body)]
+
+    def seed(self) -> list[Output]:
+        """What a resumed stream has from the start: the events of a continuation that waits."""
+        if not self._lost or not self.next_seq:
+            return []
+        self._begun = True
+        return [Begins(200, NDJSON), Events(0, self.next_seq, b"".join(self._history or ()))]
 
     def handle(self, message: Message, payload: bytes, now: float) -> list[Output]:
         """Take in a message about this request."""
-        if self.phase is Phase.OVER:
-            # The terminal crossed our `ack`, or was told again.
-            return [ToBroker(Ack(rid=self.submit.rid))] if isinstance(message, End | Failed) else []
         match message:
             case Chunk():
                 return self._on_chunk(message, payload, now)
@@ -159,19 +205,23 @@ class Stream:
             case Queued():
                 return [Waits(message.position, message.eta_ms)]
             case Leased():
-                if message.attempt >= self.attempt:
-                    self.phase, self.attempt, self.worker = Phase.RUNNING, message.attempt, message.worker
-                    self.leased_at = now if self.leased_at is None else self.leased_at
+                self._on_leased(message, now)
             case Started():
-                if message.attempt == self.attempt and not self._begun:
-                    self._begun = True
-                    return [Begins(message.status, message.content_type)]
+                if message.attempt == self.attempt and not self._lost:
+                    self.body = self.body or payload
+                    if not self._begun:
+                        self._begun = True
+                        return [Begins(message.status, message.content_type)]
             case Lost():
                 if message.attempt == self.attempt:
-                    self.phase = Phase.WAITING
+                    self.phase, self._lost = Phase.WAITING, True
             case Gap():
                 if message.attempt == self.attempt:
+                    self._top = max(self._top, message.top)
                     return self._ask_replay(now)
+            case Forgotten():
+                if message.attempt == self.attempt:
+                    return self._on_forgotten(message, now)
             case End() | Failed():
                 return self._on_terminal(message, payload, now)
         return []
@@ -181,14 +231,11 @@ class Stream:
         if self.phase is Phase.OVER or self._cancelled is not None:
             return []
         self._cancelled = reason
-        return [ToBroker(Cancel(rid=self.submit.rid, attempt=self.attempt, reason=reason))]
+        return [self._cancellation(reason)]
 
     def abandon(self, code: Code, message: str) -> list[Output]:
         """End the request from here: the broker is gone for good."""
-        if self.phase is Phase.OVER:
-            return []
-        failed = Failed(rid=self.submit.rid, attempt=self.attempt, code=code, message=message, seq=self.next_seq)
-        return self._finish(Over(failed, b""))
+        return self._finish(Over(self._failure(code, message), b""))
 
     def pause(self) -> None:
         """The client does not read: let events go, they come again."""
@@ -196,20 +243,45 @@ class Stream:
 
     def unpause(self, now: float) -> list[Output]:
         """The client reads again."""
-        if not self._paused:
-            return []
         self._paused = False
-        return [] if self.phase is Phase.OVER else self._ask_replay(now)
-
-    def tick(self, now: float) -> list[Output]:
-        """Ask again for a replay that got lost."""
-        if self._replay_asked_at is None or now - self._replay_asked_at < REPLAY_PATIENCE_S:
-            return []
-        self._replay_asked_at = None
         return self._ask_replay(now)
 
+    def tick(self, now: float) -> list[Output]:
+        """Ask for what is missing, again if a replay brought nothing. Call it only while there is a broker."""
+        if self._replay_asked_at is not None:
+            if now - self._replay_asked_at < REPLAY_PATIENCE_S:
+                return []
+            self._replay_asked_at = None
+            self._replays_fruitless += 1
+            if self._replays_fruitless >= REPLAYS_FRUITLESS_MAX:
+                return self._on_fruitless(now)
+        return self._ask_replay(now)
+
+    def _on_leased(self, leased: Leased, now: float) -> None:
+        """Also after every break, for the attempt that is known."""
+        newer = leased.attempt > self.attempt
+        if not newer and (leased.attempt < self.attempt or self._lost):
+            return
+        self.phase, self.worker = Phase.RUNNING, leased.worker
+        self.leased_at = now if self.leased_at is None else self.leased_at
+        terminal = self._terminal.terminal if self._terminal is not None else None
+        if newer:
+            self._advance(leased.attempt)
+        elif isinstance(terminal, Failed) and terminal.resubmit:
+            self._terminal = None  # the host that came back to life was taken for dead
+
+    def _advance(self, attempt: int) -> None:
+        """A later attempt is spoken of: nothing of the former counts any more."""
+        self.attempt, self._lost, self._terminal = attempt, False, None
+        self._top, self._replay_asked_at, self._replays_fruitless = self.next_seq, None, 0
+
     def _on_chunk(self, chunk: Chunk, payload: bytes, now: float) -> list[Output]:
-        if chunk.attempt != self.attempt or self._paused:
+        if chunk.attempt != self.attempt or self._lost:
+            return []
+        end = chunk.seq + chunk.n
+        if end > self._top:
+            self._top = end
+        if self._paused:
             return []
         skip = self.next_seq - chunk.seq
         if skip < 0:
@@ -218,29 +290,127 @@ class Stream:
             return []
         if self.first_event_at is None:
             self.first_event_at = now
-        self._replay_asked_at = None
-        self.next_seq = chunk.seq + chunk.n
-        out: list[Output] = [Events(chunk.seq + skip, chunk.n, payload, skip)]
+        self.next_seq = end
+        self._replays_fruitless = 0
+        events = Events(chunk.seq + skip, chunk.n, payload, skip)
+        if self._history is not None:
+            self._remember(events)
+        out: list[Output] = [events]
+        if self._replay_asked_at is not None:
+            self._replay_bytes -= len(payload)
+            self._replay_asked_at = now if self.next_seq < self._top and self._replay_bytes > 0 else None
         if self._terminal is not None and self._terminal.terminal.seq <= self.next_seq:
-            out += self._finish(self._terminal)
+            out += self._conclude(self._terminal, now)
+        elif self.next_seq < self._top:
+            out += self._ask_replay(now)
         return out
 
+    def _remember(self, events: Events) -> None:
+        assert self._history is not None
+        payload = events.payload if not events.skip else b"\n".join([*events.lines(), b""])
+        self._history_bytes += len(payload)
+        if self._history_bytes > HISTORY_BYTES_MAX:
+            self._history = None
+        else:
+            self._history.append(payload)
+
+    def _on_forgotten(self, forgotten: Forgotten, now: float) -> list[Output]:
+        if forgotten.base <= self.next_seq:
+            return self._ask_replay(now)
+        if forgotten.base <= self.wanted:
+            self.next_seq, self._history, self._replay_asked_at = forgotten.base, None, None
+            return self._ask_replay(now)
+        text = f"the events from {max(self.next_seq, self.wanted)} on are no longer kept"
+        failed = self._failure(Code.RESUME_GAP, text)
+        return [*self._finish(Over(failed, b"")), self._cancellation(text)]
+
+    def _on_fruitless(self, now: float) -> list[Output]:
+        text = f"the events from {self.next_seq} on were asked for {REPLAYS_FRUITLESS_MAX} times and did not come"
+        failed = self._failure(Code.WORKER_LOST, text, resubmit=self.attempts < ATTEMPTS_MAX)
+        out = self._conclude(Over(failed, b""), now)
+        return [*out, self._cancellation(text)] if self.phase is Phase.OVER else out
+
+    def _failure(self, code: Code, text: str, *, resubmit: bool = False) -> Failed:
+        """An end that this side decides."""
+        seq, rid = self.next_seq, self.submit.rid
+        return Failed(rid=rid, attempt=self.attempt, code=code, message=text, seq=seq, resubmit=resubmit)
+
+    def _cancellation(self, reason: str) -> ToBroker:
+        return ToBroker(Cancel(rid=self.submit.rid, attempt=self.attempt, reason=reason))
+
     def _on_terminal(self, terminal: End | Failed, payload: bytes, now: float) -> list[Output]:
+        if terminal.attempt > self.attempt:
+            self._advance(terminal.attempt)  # its `leased` was lost on the way
+        again = isinstance(terminal, Failed) and terminal.resubmit
+        if 0 < terminal.attempt < self.attempt or (again and self._lost):
+            return []  # of an attempt that was left behind
+        if self._is_away(terminal) and not self._can_run_again():
+            return []  # its worker has the only copy, and may come back: `tick` goes on asking for a while
         over = Over(terminal, payload)
         at_once = self._cancelled is not None or (isinstance(terminal, Failed) and terminal.code in _AT_ONCE)
-        if at_once or terminal.seq <= self.next_seq:
+        if at_once:
             return self._finish(over)
-        self._terminal = over
+        if terminal.seq <= self.next_seq:
+            return self._conclude(over, now)
+        if isinstance(terminal, Failed) and not again and terminal.seq <= self.wanted:
+            return self._finish(over)  # the client has all there is, and nothing will follow
+        self._terminal, self._top = over, max(self._top, terminal.seq)
         return self._ask_replay(now)
 
+    def _is_away(self, terminal: End | Failed) -> bool:
+        """Whether this is not the end that is waited for, only the news that its events cannot be had now."""
+        return (
+            self._terminal is not None
+            and isinstance(terminal, Failed)
+            and terminal.code is Code.WORKER_LOST
+            and terminal.resubmit
+            and terminal.retryable
+        )
+
+    def _conclude(self, over: Over, now: float) -> list[Output]:
+        """All events before the terminal have been passed on: is it the end?"""
+        failed = over.terminal
+        if not (isinstance(failed, Failed) and failed.resubmit and self._can_run_again()):
+            cause = self._cause
+            nowhere = isinstance(failed, Failed) and failed.code in _NOWHERE
+            if cause is not None and cause.terminal.seq == self.next_seq and nowhere:
+                over = cause  # that it could not be continued is not why it broke
+            return self._finish(over)
+        self._cause = over
+        self._lost, self._terminal, self._replay_asked_at = True, None, None
+        self._top = self.next_seq
+        self.phase = Phase.WAITING
+        self.continued += self.next_seq > 0
+        return self.submission(now)
+
+    def _can_run_again(self) -> bool:
+        if not self.body or self.next_seq < self.wanted:
+            return False
+        if self.next_seq == 0:
+            return True
+        return (
+            self._history is not None
+            and self.continued < ATTEMPTS_MAX - 1
+            and len(self.body) + self._history_bytes <= BODY_BYTES_MAX
+            and not objection(self.submit.path, self.body)
+        )
+
     def _ask_replay(self, now: float) -> list[Output]:
-        if self._paused or self._replay_asked_at is not None or self._cancelled is not None:
+        if (
+            self.next_seq >= self._top
+            or self._paused
+            or self._lost
+            or self._replay_asked_at is not None
+            or self._cancelled is not None
+        ):
             return []
         self._replay_asked_at = now
-        return [ToBroker(Replay(rid=self.submit.rid, attempt=self.attempt, start=self.next_seq))]
+        replay = Replay(rid=self.submit.rid, attempt=self.attempt, start=self.next_seq)
+        self._replay_bytes = replay.bytes_max
+        return [ToBroker(replay)]
 
     def _finish(self, over: Over) -> list[Output]:
         self.phase = Phase.OVER
         self.body = b""
-        self._terminal = self._replay_asked_at = None
+        self._history = self._terminal = self._replay_asked_at = None
         return [over, ToBroker(Ack(rid=self.submit.rid))]

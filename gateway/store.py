@@ -247,7 +247,8 @@ class Store:
             yield
         except IntegrityError:
             raise
-        except (SQLAlchemyError, sqlite3.Error) as error:
+        except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError) as error:
+            # The last two: what a damaged file holds may be no text, or no date.
             cause = getattr(error, "orig", None) or error
             raise StoreError(f"cannot {doing} the client registry {self._where}: {cause}.{_advice(error)}") from error
 

@@ -1,66 +1,50 @@
-"""The gateway's line to its broker: owns the DEALER and every stream, and keeps both alive through breaks."""
+"""The gateway's lines to its brokers: owns a DEALER each and the clock; what is said on them `gateway.link` decides."""
 
 import asyncio
 import secrets
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from common import protocol
 from common.errors import Code, FabricError, ProtocolError
 from common.logs import Log
-from common.protocol import (
-    BODY_BYTES_MAX,
-    HEARTBEAT_INTERVAL_S,
-    HEARTBEATS_MISSED_MAX,
-    Accepted,
-    Beat,
-    Bye,
-    Error,
-    Hello,
-    Message,
-    Query,
-    Snapshot,
-    Submit,
-    Who,
-)
+from common.protocol import BODY_BYTES_MAX, Beat, Bye, Error, Message, Probe, Query, Snapshot, Submit
 from common.transport import Sent, Socket
-from gateway.session import Output, Over, Stream, ToBroker
+from gateway.link import Attachment, Link, Sink
+from gateway.session import Stream
 
 log = Log("gateway")
 
 QUERIES_MAX: Final = 64
 HELLO_INTERVAL_S: Final = 0.05
-SILENCE_S: Final = HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX
-
-Sink = Callable[[Output], None]
-"""Hears everything about one stream that is for its client. Must not raise."""
+DIAL_AGAIN_S: Final = 10.0
+"""A broker that has been silent for so long is dialled with a new socket."""
 
 
 class Upstream:
-    """One per gateway; `run` owns its time, `close` its socket.
+    """One per gateway; `run` owns its time, `close` its sockets.
 
-    A broker that goes silent is waited for: streams are submitted again when it, or another in its place, answers, and
-    end in NO_WORKERS after `lost_s`. While it is away new requests are refused at once with the same code.
+    A broker that goes silent is waited for, or the next one of the list is served: streams are submitted again when one
+    answers, and end in NO_WORKERS after `lost_s`. Meanwhile new requests are refused at once with the same code.
     """
 
-    def __init__(self, broker: str, *, lost_s: float) -> None:
-        self._broker = broker
-        self._lost_s = lost_s
+    def __init__(self, brokers: Sequence[str], *, lost_s: float, resume_s: float, migrate: bool = True) -> None:
+        self._brokers = brokers
+        self._resume_ms = int(resume_s * 1000)
+        self._migrate = migrate
         self._loop = asyncio.get_running_loop()
-        self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-        self._streams: dict[bytes, tuple[Stream, Sink]] = {}
+        name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._link = Link(name, len(brokers), self._loop.time(), lost_s=lost_s, resume_s=resume_s)
         self._queries: dict[int, asyncio.Future[Snapshot]] = {}
         self._query_id = 0
-        self._heard_at = self._loop.time()
-        self._greeting = True
-        self._welcome_due = True
-        self.connected = False
-        self.fleet = Snapshot()
         self.changed = asyncio.Event()
-        self._socket = Socket("dealer", self._on_frame)
+        self._sockets: list[Socket] = []
         try:
-            self._socket.connect(broker)
+            for index, address in enumerate(brokers):
+                self._sockets.append(Socket("dealer", partial(self._on_frame, index)))
+                self._sockets[-1].connect(address)
         except BaseException:
             self.close()
             raise
@@ -68,7 +52,17 @@ class Upstream:
     @property
     def streams(self) -> int:
         """Requests without a terminal."""
-        return len(self._streams)
+        return self._link.streams
+
+    @property
+    def connected(self) -> bool:
+        """Whether a broker answers."""
+        return self._link.connected
+
+    @property
+    def fleet(self) -> Snapshot:
+        """What the broker last said of models and workers."""
+        return self._link.fleet
 
     def submit(
         self,
@@ -81,18 +75,19 @@ class Upstream:
         sink: Sink,
         priority: str = "normal",
         deadline_ms: int | None = None,
+        resume: bool = False,
+        migrate: bool = True,
     ) -> Stream:
         """Send a job; everything about it comes to `sink`, and the last is `Over`.
 
         Raises:
-            FabricError: TOO_LARGE, or NO_WORKERS when the broker does not answer.
+            FabricError: TOO_LARGE, or NO_WORKERS when no broker answers.
         """
         if len(body) > BODY_BYTES_MAX:
             raise FabricError(
                 Code.TOO_LARGE, f"the request takes {len(body)} bytes; at most {BODY_BYTES_MAX} go through"
             )
-        if not self.connected:
-            raise FabricError(Code.NO_WORKERS, f"the broker at {self._broker} does not answer; try again in a moment")
+        self._check_connected()
         message = Submit(
             rid=secrets.token_bytes(16),
             client=client,
@@ -101,26 +96,56 @@ class Upstream:
             path=path,
             priority=priority,
             deadline_ms=deadline_ms,
+            grace_ms=self._resume_ms if resume else 0,
+            migrate=migrate and self._migrate,
         )
-        now = self._loop.time()
-        stream = Stream(message, body, now)
-        self._streams[message.rid] = stream, sink
-        self._carry_out(message.rid, stream.submission(now))
+        stream = self._link.submit(message, body, sink, self._loop.time())
+        self._flush()
         return stream
+
+    def attach(
+        self,
+        *,
+        client: str,
+        ref: str,
+        wanted: int,
+        sink: Sink,
+        answered: Callable[[Stream | None, Code | None], None],
+        waits: Callable[[], bool],
+    ) -> None:
+        """A client is back and wants its request from event `wanted` on; see `Attachment`.
+
+        Raises:
+            FabricError: NO_WORKERS, too many wait for a broker already.
+        """
+        if not self._link.attach(Attachment(client, ref, wanted, sink, answered, waits)):
+            raise FabricError(Code.NO_WORKERS, f"the broker at {self._address} does not answer; try again in a moment")
+        self._flush()
 
     def cancel(self, stream: Stream, reason: str) -> None:
         """Stop a stream; its `Over` still comes."""
-        self._carry_out(stream.submit.rid, stream.cancel(reason))
+        self._link.cancel(stream, reason)
+        self._flush()
 
     def unpause(self, stream: Stream) -> None:
         """A stream's client reads again."""
-        self._carry_out(stream.submit.rid, stream.unpause(self._loop.time()))
+        self._link.unpause(stream, self._loop.time())
+        self._flush()
 
-    def forget(self, stream: Stream) -> None:
+    def park(self, stream: Stream) -> None:
+        """A stream's client may come back for it, here or elsewhere."""
+        self._link.park(stream, self._loop.time())
+        self._flush()
+
+    def forget(self, stream: Stream, reason: str = "the client is gone") -> None:
         """Nobody listens to the stream any more: stop it, and hear nothing of it."""
-        if stream.submit.rid in self._streams:
-            self._streams[stream.submit.rid] = stream, _deaf
-            self.cancel(stream, "the client is gone")
+        self._link.forget(stream, reason)
+        self._flush()
+
+    def revoke(self, clients: set[str]) -> None:
+        """Stop the streams that wait for these clients."""
+        self._link.revoke(clients)
+        self._flush()
 
     async def query(self, what: str, timeout_s: float = 2.0) -> Snapshot:
         """Ask the broker what it holds.
@@ -133,106 +158,92 @@ class Upstream:
         self._query_id += 1
         number = self._query_id
         self._queries[number] = future = self._loop.create_future()
-        self._send(Query(id=number, what=what))
+        self._send(self._link.broker, Query(id=number, what=what))
         try:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
-            raise FabricError(Code.NO_WORKERS, f"the broker at {self._broker} does not answer") from None
+            raise FabricError(Code.NO_WORKERS, f"the broker at {self._address} does not answer") from None
         finally:
             del self._queries[number]
 
     async def run(self) -> None:
         """Keep the line alive, until cancelled."""
-        beat_at = 0.0
+        link = self._link
+        absent = False
+        dial_at = self._loop.time() + DIAL_AGAIN_S
         while True:
+            was_connected = link.connected
             now = self._loop.time()
-            if self.connected and now - self._heard_at > SILENCE_S:
-                log.warn("broker lost", broker=self._broker, streams=len(self._streams))
-                self._lost()
-            if not self.connected and self._streams and now - self._heard_at > self._lost_s:
-                for rid, (stream, _) in list(self._streams.items()):
-                    text = f"the broker at {self._broker} has not answered for {self._lost_s:.0f} s"
-                    self._carry_out(rid, stream.abandon(Code.NO_WORKERS, text))
-            if self._greeting and self._socket.offer(protocol.encode(Hello(name=self._name))):
-                self._greeting = False
-                beat_at = now + HEARTBEAT_INTERVAL_S
-            elif now >= beat_at:
-                beat_at = now + HEARTBEAT_INTERVAL_S
-                self._socket.offer(protocol.encode(Beat()))
-                for rid, (stream, _) in list(self._streams.items()):
-                    self._carry_out(rid, stream.tick(now))
-            await asyncio.sleep(HELLO_INTERVAL_S if self._greeting else max(0.01, beat_at - now))
+            if link.tick(now) and was_connected:
+                log.warn("broker lost", streams=link.streams, next=self._address)
+                absent = True
+            elif not absent and link.away(now):
+                log.warn("the broker does not answer", broker=self._address)
+                absent = True
+            elif link.connected:
+                absent = False
+            if not link.away(now):
+                dial_at = now + DIAL_AGAIN_S
+            elif now >= dial_at:
+                dial_at = now + DIAL_AGAIN_S
+                self._sockets[link.broker].dial_again()
+            if link.greeting:
+                line = self._sockets[link.broker]
+                line.discard()
+                if line.offer(protocol.encode(link.hello())):
+                    link.greeted()
+            self._flush()
+            due = link.next_deadline() - self._loop.time()
+            await asyncio.sleep(min(HELLO_INTERVAL_S, due) if link.greeting else max(0.01, due))
 
     async def broken(self) -> None:
         """Ends only by raising: a bug met while reading."""
-        await self._socket.broken
+        await asyncio.gather(*(line.broken for line in self._sockets))
 
     def close(self) -> None:
-        self._socket.offer(protocol.encode(Bye()))
-        self._socket.close()
+        for index, line in enumerate(self._sockets):
+            if index == self._link.broker:
+                line.offer(protocol.encode(Bye()))
+            line.close()
 
-    def _on_frame(self, _: bytes, frame: bytes) -> None:
+    @property
+    def _address(self) -> str:
+        return self._brokers[self._link.broker]
+
+    def _check_connected(self) -> None:
+        if not self._link.connected:
+            raise FabricError(Code.NO_WORKERS, f"the broker at {self._address} does not answer; try again in a moment")
+
+    def _on_frame(self, broker: int, _: bytes, frame: bytes) -> None:
         try:
             message, payload = protocol.to_gateway.decode(frame)
         except ProtocolError as error:
             log.warn("broker not understood", reason=str(error))
+            self._send(broker, Error(code=Code.INVALID_MESSAGE, message=str(error)))
             return
-        self._heard_at = now = self._loop.time()
-        match message:
-            case Beat():
-                pass
-            case Who():
-                self._welcome_due = True
-                self._send(Hello(name=self._name))
-            case Snapshot():
-                self._on_snapshot(message, now)
-            case Error():
-                log.warn("broker did not understand", code=message.code, reason=message.message)
-            case _:
-                entry = self._streams.get(message.rid)
-                if entry is not None:
-                    self._carry_out(message.rid, entry[0].handle(message, payload, now))
-                elif isinstance(message, protocol.End | protocol.Failed):
-                    self._send(protocol.Ack(rid=message.rid))
-                elif isinstance(message, Accepted):
-                    self._send(protocol.Cancel(rid=message.rid))
-
-    def _on_snapshot(self, snapshot: Snapshot, now: float) -> None:
-        future = self._queries.get(snapshot.id)
-        if future is not None:
-            if not future.done():
-                future.set_result(snapshot)
+        if isinstance(message, Snapshot) and message.id:
+            future = self._queries.get(message.id)
+            if future is not None and not future.done():
+                future.set_result(message)
             return
-        self.fleet = snapshot
-        self.changed.set()
-        if self._welcome_due:
-            self._welcome_due = False
-            self.connected = True
-            log("connected", broker=self._broker, models=len(snapshot.models), workers=snapshot.workers)
-            for rid, (stream, _) in list(self._streams.items()):
-                self._carry_out(rid, stream.submission(now))
+        if isinstance(message, Error):
+            log.warn("broker did not understand", code=message.code, reason=message.message)
+        was_connected = self._link.connected
+        self._link.handle(broker, message, payload, self._loop.time())
+        self._flush()
+        if isinstance(message, Snapshot):
+            self.changed.set()
+            if self._link.connected and not was_connected:
+                log("connected", broker=self._address, models=len(message.models), workers=message.workers)
 
-    def _carry_out(self, rid: bytes, outputs: Iterable[Output]) -> None:
-        for output in outputs:
-            if type(output) is ToBroker:
-                self._send(output.message, output.payload)
-                continue
-            _, sink = self._streams[rid]
-            if type(output) is Over:
-                del self._streams[rid]
-            sink(output)
+    def _flush(self) -> None:
+        for tell in self._link.take():
+            self._send(tell.broker, tell.message, tell.payload)
 
-    def _send(self, message: Message, payload: bytes = b"") -> None:
-        # A message the socket refuses is lost with the line: streams are submitted again when the broker answers.
-        if self._socket.send(protocol.encode(message, payload)) is Sent.GONE:
-            self._lost()
-
-    def _lost(self) -> None:
-        """Greet again; what waits for the old line would only confuse the new one."""
-        self.connected = False
-        self._greeting = self._welcome_due = True
-        self._socket.discard()
-
-
-def _deaf(_: Output) -> None:
-    """The sink of a stream nobody listens to."""
+    def _send(self, broker: int, message: Message, payload: bytes = b"") -> None:
+        if type(message) is Beat or type(message) is Probe:
+            self._sockets[broker].offer(protocol.encode(message))  # one that is not there now needs none later
+            return
+        # A message the socket refuses is lost with the line: streams are submitted again when a broker answers.
+        if self._sockets[broker].send(protocol.encode(message, payload)) is Sent.GONE and broker == self._link.broker:
+            self._link.lost()

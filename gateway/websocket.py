@@ -10,6 +10,9 @@ outbox from the broker's side. Bounds, and what happens at them:
                     when half of it is read. What no replay brings again (errors, ends) has the same bound for itself;
                     at it the connection closes (1008)
     time            `authenticate_s` to authenticate; `stall_s` without reading aborts it (gateway/protocols.py)
+
+When the line breaks, the streams of a client that authenticated with `resume` wait for it; it says with `resume`, here
+or on another gateway, up to where it has them. Others are stopped, as are all of a client that closed on purpose.
 """
 
 import asyncio
@@ -18,20 +21,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
+from zlib import crc32
 
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from common import history
 from common.errors import Code, FabricError, ProcessError
 from common.logs import Log
-from common.protocol import End, Failed, short_name
+from common.protocol import End, Failed, Submit, short_name
 from gateway import messages
 from gateway.auth import Authenticator
 from gateway.messages import NOTHING, BadMessage, Codec
 from gateway.metrics import Metrics
 from gateway.protocols import BATCH
-from gateway.session import Begins, Events, Output, Over, Stream, Waits
+from gateway.session import Begins, Events, Moved, Output, Over, Stream, Waits
 from gateway.settings import GatewaySettings
 from gateway.upstream import Upstream
 
@@ -39,6 +45,11 @@ log = Log("gateway")
 
 POLICY_VIOLATION: Final = 1008
 GOING_AWAY: Final = 1001
+ON_PURPOSE: Final = frozenset({1000, 1005})
+"""A client that closes with these codes (1005: with none) is gone for good."""
+ERROR_CHARS_MAX: Final = 2_000
+MODELS_TOLD_MAX: Final = 1_000
+"""How many models an error names; `models` brings all."""
 _timestamp: Callable[[], int] = lambda: int(time.time() * 1000)  # noqa: E731
 
 
@@ -87,6 +98,9 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._codec: Codec = messages.JSON
         self._client = ""
+        self._resumes = False
+        self._gone_for_good = False
+        self._draining = False
         self._streams: dict[str, ClientStream] = {}
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
@@ -133,8 +147,20 @@ class Connection:
         """The gateway is ending: say so and close."""
         self._close(GOING_AWAY, "the gateway is shutting down")
 
+    def drain(self) -> None:
+        """The gateway is going to end: start nothing more."""
+        if not self._draining:
+            self._draining = True
+            self.say(messages.Draining)
+
+    @property
+    def idle(self) -> bool:
+        """Whether closing it costs its client nothing but a new connection."""
+        return self._resumes or not self._streams
+
     def revoke(self) -> None:
         """The client may not be here any more."""
+        self._gone_for_good = True
         self._close(POLICY_VIOLATION, "this client was revoked")
 
     # Authentication ---------------------------------------------------------------------------------------------------
@@ -168,9 +194,10 @@ class Connection:
         except ProcessError as error:
             log.warn("client registry unreadable", reason=str(error))
             text = "the gateway cannot read its client registry; try again later"
-            await self._write([self._encode(messages.AuthResult, success=False, error=text)])
+            await self._write([self._error(Code.INTERNAL, text)])  # no verdict on the client: it may come again
             raise Closed(1011, "registry unreadable") from None
         self._client = client.id
+        self._resumes = message.resume
         await self._write([self._encode(messages.AuthResult, success=True)], trusted=True)
 
     # Reading ----------------------------------------------------------------------------------------------------------
@@ -188,9 +215,13 @@ class Connection:
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
-            for stream in list(self._streams.values()):
-                self._services.upstream.forget(stream.stream)
-            self._streams.clear()
+            upstream = self._services.upstream
+            leave = upstream.park if self._resumes and not self._gone_for_good else upstream.forget
+            streams = list(self._streams.values())
+            self._streams.clear()  # first: what is being resumed sees that nobody waits for it any more
+            for stream in streams:
+                if stream.stream is not None:
+                    leave(stream.stream)
 
     async def _read(self) -> None:
         while True:
@@ -242,32 +273,44 @@ class Connection:
             case messages.Ping():
                 self.say(messages.Pong)
             case messages.Resume():
-                self.say_error(Code.NOT_FOUND, "no such stream to resume; send the request again", ref=message.id)
+                self._resume(message)
             case messages.Authenticate():
                 self.say_error(Code.INVALID_MESSAGE, "already authenticated")
                 raise Closed(POLICY_VIOLATION, "a second authenticate")
 
-    def _submit(self, job: messages.Job) -> None:
+    def _may_start(self, ref: str) -> bool:
+        """Whether there is room for another stream; if not, its client is told why."""
         settings = self._services.settings
-        if job.id in self._streams:
-            self.say_error(Code.DUPLICATE_ID, f"a request with the id {job.id!r} is running", ref=job.id)
-            return
-        if len(self._streams) >= settings.streams_max:
+        if self._draining:
+            self.say_error(Code.SHUTTING_DOWN, "this gateway is shutting down; connect again", ref=ref)
+        elif ref in self._streams:
+            self.say_error(Code.DUPLICATE_ID, f"a request with the id {ref!r} is running", ref=ref)
+        elif len(self._streams) >= settings.streams_max:
             text = f"at most {settings.streams_max} requests at once on one connection"
-            self.say_error(Code.RATE_LIMITED, text, ref=job.id, retry_after_ms=1000)
+            self.say_error(Code.RATE_LIMITED, text, ref=ref, retry_after_ms=1000)
+        else:
+            return True
+        return False
+
+    def _submit(self, job: messages.Job) -> None:
+        if not self._may_start(job.id):
             return
-        stream = ClientStream(self, job)
+        stream = ClientStream(self, job.id)
         try:
             path, body = messages.ollama_call(job)
-            stream.stream = self._services.upstream.submit(
-                client=self._client,
-                ref=job.id,
-                model=job.model,
-                path=path,
-                body=body,
-                sink=stream.hear,
-                priority=job.priority,
-                deadline_ms=job.deadline_ms,
+            stream.bind(
+                self._services.upstream.submit(
+                    client=self._client,
+                    ref=job.id,
+                    model=job.model,
+                    path=path,
+                    body=body,
+                    sink=stream.hear,
+                    priority=job.priority,
+                    deadline_ms=job.deadline_ms,
+                    resume=self._resumes,
+                    migrate=job.migrate,
+                )
             )
         except BadMessage as error:
             self.say_error(Code.INVALID_MESSAGE, str(error), ref=job.id)
@@ -275,10 +318,52 @@ class Connection:
         except FabricError as error:
             self.say_error(error.code, error.message, ref=job.id)
             return
-        if self._paused:
-            stream.stream.pause()
         self._streams[job.id] = stream
         self._services.metrics.requests += 1
+        if history.record is not None:
+            history.record("submitted", rid=stream._submit.rid, ref=job.id)
+
+    def _resume(self, message: messages.Resume) -> None:
+        if not self._resumes:
+            text = "only a client that authenticated with `resume` can resume; send the request again"
+            self.say_error(Code.NOT_FOUND, text, ref=message.id)
+        elif self._may_start(message.id):
+            stream = ClientStream(self, message.id, wanted=message.last_seq + 1)
+            self._streams[message.id] = stream
+            try:
+                self._services.upstream.attach(
+                    client=self._client,
+                    ref=message.id,
+                    wanted=stream.wanted,
+                    sink=stream.hear,
+                    answered=partial(self._resumed, stream),
+                    waits=partial(self._waits, stream),
+                )
+            except FabricError as error:
+                del self._streams[message.id]
+                self.say_error(error.code, error.message, ref=message.id)
+
+    def _waits(self, waiting: "ClientStream") -> bool:
+        """Whether the resumed stream is to be heard here, or to be stopped; else it is left where it is."""
+        return self._streams.get(waiting.ref) is waiting or self._gone_for_good or waiting.stopped
+
+    def _resumed(self, waiting: "ClientStream", stream: Stream | None, code: Code | None) -> None:
+        """The broker answered a resume; the connection may have ended meanwhile."""
+        here = self._streams.get(waiting.ref) is waiting
+        if stream is None:
+            if here:
+                del self._streams[waiting.ref]
+                text = "no such request to resume; send it again" if code is None else "the broker does not answer"
+                self.say_error(code or Code.NOT_FOUND, text, ref=waiting.ref)
+        elif here:
+            waiting.bind(stream)
+            self._services.metrics.resumes += 1
+            if history.record is not None:
+                history.record("submitted", rid=stream.submit.rid, ref=waiting.ref)
+            if waiting.stopped:
+                self._services.upstream.cancel(stream, "stopped by the client")
+        else:
+            self._services.upstream.forget(stream)
 
     def _stop(self, message: messages.Stop) -> None:
         stream = self._streams.get(message.id)
@@ -286,11 +371,13 @@ class Connection:
             self.say_error(Code.NOT_FOUND, "no such stream on this connection", ref=message.id)
         else:
             stream.stopped = True
-            self._services.upstream.cancel(stream.stream, "stopped by the client")
+            if stream.stream is not None:
+                self._services.upstream.cancel(stream.stream, "stopped by the client")
 
     async def _receive(self) -> bytes | str:
         event = await self._websocket.receive()
         if event["type"] == "websocket.disconnect":
+            self._gone_for_good = self._gone_for_good or event.get("code") in ON_PURPOSE
             raise _Left
         data: bytes | str | None = event.get("text")
         if data is None:
@@ -309,7 +396,8 @@ class Connection:
             self._paused = True
             self._services.metrics.pauses += 1
             for stream in self._streams.values():
-                stream.stream.pause()
+                if stream.stream is not None:
+                    stream.stream.pause()
 
     async def _write_outbox(self) -> None:
         while True:
@@ -325,7 +413,8 @@ class Connection:
                 if self._paused and self._outbox_bytes <= self._services.settings.outbox_bytes_max // 2:
                     self._paused = False
                     for stream in list(self._streams.values()):
-                        self._services.upstream.unpause(stream.stream)
+                        if stream.stream is not None:
+                            self._services.upstream.unpause(stream.stream)
             if self._closing is not None and not self._outbox:
                 raise self._closing
 
@@ -356,13 +445,14 @@ class Connection:
 
     def _answer(self, frame: bytes) -> None:
         self.push(frame)
+        others_wait = self._answer_bytes > 0  # one alone may be as long as it is
         self._answer_bytes += len(frame)
-        if self._answer_bytes > self._services.settings.outbox_bytes_max:
+        if others_wait and self._answer_bytes > self._services.settings.outbox_bytes_max:
             self._close(POLICY_VIOLATION, "the client does not read")
 
     def _error(self, code: Code, text: str, *, ref: str | None = None, **more: Any) -> bytes:
         self._services.metrics.errors[code] += 1
-        return self._encode(messages.ErrorMessage, id=ref, code=code.value, error=text, **more)
+        return self._encode(messages.ErrorMessage, id=ref, code=code.value, error=text[:ERROR_CHARS_MAX], **more)
 
     def say_error(self, code: Code, text: str, *, ref: str | None = None, **more: Any) -> None:
         """Say that a message or a request (`ref`) failed."""
@@ -372,28 +462,48 @@ class Connection:
 class ClientStream:
     """Translates one stream's lines, as Ollama writes them, into the client's messages."""
 
-    __slots__ = ("_complete", "_connection", "_job", "_tokens", "stopped", "stream")
+    __slots__ = ("_complete", "_connection", "_tokens", "ref", "stopped", "stream", "wanted")
 
-    stream: Stream
-
-    def __init__(self, connection: Connection, job: messages.Job) -> None:
+    def __init__(self, connection: Connection, ref: str, *, wanted: int = 0) -> None:
         self._connection = connection
-        self._job = job
         self._tokens = 0
         self._complete = False
+        self.ref = ref
+        self.wanted = wanted
+        """The client has the events below."""
+        self.stream: Stream | None = None
+        """None while it is being resumed."""
         self.stopped = False
+
+    def bind(self, stream: Stream) -> None:
+        """The stream that is translated."""
+        self.stream = stream
+        if self._connection._paused:
+            stream.pause()
+
+    @property
+    def _submit(self) -> Submit:
+        assert self.stream is not None  # nothing is heard before
+        return self.stream.submit
+
+    @property
+    def _embeds(self) -> bool:
+        return self._submit.path == messages.EMBED_PATH
 
     def hear(self, output: Output) -> None:
         """Take in what happened to the stream."""
-        connection, ref = self._connection, self._job.id
+        connection, ref = self._connection, self.ref
         match output:
             case Events():
                 self._on_events(output)
             case Waits():
                 connection.say(messages.Queued, id=ref, position=output.position, eta_ms=output.eta_ms)
             case Begins():
-                if not isinstance(self._job, messages.Embed):
-                    connection.say(messages.StreamStart, id=ref, model=short_name(self._job.model))
+                if not self._embeds:
+                    connection.say(messages.StreamStart, id=ref, model=short_name(self._submit.model))
+            case Moved():
+                connection._streams.pop(ref, None)
+                connection.say_error(Code.CANCELLED, "this request goes on on another connection", ref=ref)
             case Over():
                 connection._streams.pop(ref, None)
                 self._on_over(output)
@@ -402,9 +512,10 @@ class ClientStream:
         connection = self._connection
         encode = connection._codec.encode
         push = connection.push
-        ref = self._job.id
+        ref = self.ref
+        wanted = self.wanted
         now = _timestamp()
-        if isinstance(self._job, messages.Embed):
+        if self._embeds:
             self._on_embeddings(events.payload)
             return
         for seq, text in enumerate(events.lines(), events.seq):
@@ -417,6 +528,8 @@ class ClientStream:
                     token, thinking, tool_calls = line.message.content, line.message.thinking, line.message.tool_calls
                 if token or thinking or tool_calls is not NOTHING:
                     self._tokens += 1
+                    if seq < wanted:
+                        continue
                     push(
                         encode(
                             messages.StreamToken(
@@ -434,6 +547,11 @@ class ClientStream:
                 self._give_up(f"the engine's line {seq} is not Ollama's: {error}")
                 return
         connection._services.metrics.events += events.n - events.skip
+        seq = max(events.seq, wanted)
+        if history.record is not None and self.stream is not None and seq < events.seq + events.n - events.skip:
+            rid, attempt = self._submit.rid, self.stream.attempt
+            hashes = [crc32(line.rstrip(b"\n")) for line in events.lines()[seq - events.seq :]]
+            history.record("delivered", rid=rid, ref=ref, attempt=attempt, seq=seq, hashes=hashes)
 
     def _embeddable(self, raw: msgspec.Raw) -> Any:
         """A piece of Ollama's JSON as it can stand in a message: as it is in JSON, decoded for msgpack."""
@@ -450,8 +568,8 @@ class ClientStream:
             result = messages.decode_embeddings(document)
             frame = connection._encode(
                 messages.EmbedResult,
-                id=self._job.id,
-                model=short_name(self._job.model),
+                id=self.ref,
+                model=short_name(self._submit.model),
                 embeddings=result.embeddings,
                 prompt_tokens=result.prompt_eval_count,
                 elapsed_time=self._elapsed_ms(),
@@ -465,9 +583,10 @@ class ClientStream:
     def _give_up(self, why: str) -> None:
         """The engine's answer makes no sense: to leave the piece out would be a gap, so the stream ends here."""
         stream, connection = self.stream, self._connection
+        assert stream is not None
         rid = stream.submit.rid
         log.warn("engine not understood", rid=rid, worker=stream.worker, reason=why)
-        connection._streams.pop(self._job.id, None)
+        connection._streams.pop(self.ref, None)
         connection._services.upstream.forget(stream)
         self._on_over(Over(Failed(rid=rid, attempt=stream.attempt, code=Code.BACKEND_ERROR, message=why), b""))
 
@@ -476,9 +595,9 @@ class ClientStream:
         if isinstance(terminal, End) and not self._complete and not self.stopped:
             self._give_up("the engine's answer has no end")
             return
-        metrics = connection._services.metrics
-        metrics.finished(self.stream, terminal)
-        if isinstance(self._job, messages.Embed) and self._complete:
+        assert self.stream is not None
+        connection._services.metrics.finished(self.stream, terminal)
+        if self._embeds and self._complete:
             pass  # the result was the last word, whatever the engine did after it
         elif isinstance(terminal, End):
             self._say_end(terminal.stats.done_reason or "stop", terminal)
@@ -488,23 +607,25 @@ class ClientStream:
             connection.say_error(
                 terminal.code,
                 terminal.message,
-                ref=self._job.id,
-                models=terminal.models or None,
+                ref=self.ref,
+                models=terminal.models[:MODELS_TOLD_MAX] or None,
                 retry_after_ms=terminal.retry_after_ms,
             )
 
     def _say_end(self, done_reason: str, end: End | None) -> None:
         stream = self.stream
+        assert stream is not None
         stats = end.stats if end else None
         self._connection.say(
             messages.StreamEnd,
-            id=self._job.id,
+            id=self.ref,
             total_tokens=(stats.completion_tokens if stats else 0) or self._tokens,
             elapsed_time=self._elapsed_ms(),
             done_reason=done_reason,
             prompt_tokens=stats.prompt_tokens if stats else 0,
             host=stream.worker,
             attempts=stream.attempts,
+            migrated=stream.continued > 0,
             timings=messages.Timings(
                 queue_ms=_ms(stream.submitted_at, stream.leased_at) or 0,
                 load_ms=stats.load_ns // 1_000_000 if stats else 0,
@@ -513,6 +634,7 @@ class ClientStream:
         )
 
     def _elapsed_ms(self) -> int:
+        assert self.stream is not None
         return int((self._connection._loop.time() - self.stream.submitted_at) * 1000)
 
 

@@ -1,4 +1,4 @@
-"""A whole fabric for tests: broker, gateway, workers and simulated engines on one event loop in a thread of its own.
+"""A whole fabric for tests: broker, gateways, workers and simulated engines on one event loop in a thread of its own.
 
 Real sockets between all parts, ephemeral ports, a registry in a folder of its own. Tests talk to it from other threads
 over its URL, as any client would, and reach into it with `call`.
@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -20,7 +21,7 @@ import gateway.app
 import workers.agent
 from broker.settings import BrokerSettings
 from cli.keys import create_client
-from common.process import loop_factory
+from common.process import Stop, loop_factory
 from gateway.settings import GatewaySettings
 from gateway.store import Store
 from workers.embedded.server import running
@@ -37,6 +38,7 @@ class Fabric:
 
     folder: Path
     engines: list[Settings] = field(default_factory=lambda: [Settings()])
+    gateways: int = 1
     gateway_settings: dict[str, Any] = field(default_factory=dict)
     broker_settings: dict[str, Any] = field(default_factory=lambda: {"settle_s": 0.0})
     model: str = "llama2"
@@ -47,13 +49,13 @@ class Fabric:
             files = create_client(store, self.client_id, self.folder / "keys")
         self.private_key_path = files.private
         self.config_path = files.config
-        self.http_url = ""
-        self.url = ""
+        self.http_urls = [""] * self.gateways
         self.engine_urls: list[str] = []
         self.backends: list[SimulatedBackend] = []
         self.addresses: broker.server.Addresses | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._stops: dict[str, Stop] = {}
+        self._ended: dict[str, threading.Event] = {}
         self._thread = threading.Thread(target=self._run, name="fabric", daemon=True)
         self._ready = threading.Event()
         self._error: BaseException | None = None
@@ -72,21 +74,49 @@ class Fabric:
         if self._error:
             raise RuntimeError("the fabric ended with an error") from self._error
 
+    @property
+    def http_url(self) -> str:
+        """The first gateway's, as a browser would say it."""
+        return self.http_urls[0]
+
+    @property
+    def url(self) -> str:
+        """The first gateway's."""
+        return self.url_of(0)
+
+    def url_of(self, gateway: int) -> str:
+        """As WebSocket clients say it."""
+        return self.http_urls[gateway].replace("http://", "ws://")
+
     def close(self) -> None:
-        if self._loop is not None and self._stop is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stop.set)
+        for process in self._stops:
+            self.stop(process, hurry=True)
         self._thread.join(START_S)
+
+    def stop(self, process: str, *, hurry: bool = False) -> None:
+        """As SIGTERM does (`hurry`: SIGINT), to "broker", "gateway-0" …, "worker-1" …; `ended` waits for its end."""
+
+        def stop() -> None:
+            self._stops[process].hurry = hurry
+            self._stops[process].set()
+
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(stop)
+
+    def ended(self, process: str) -> bool:
+        """Whether the process has ended."""
+        return self._ended[process].is_set()
 
     def call(self, function: Callable[[], Coroutine[Any, Any, T]], timeout_s: float = 10.0) -> T:
         """Run a coroutine on the fabric's loop."""
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(function(), self._loop).result(timeout_s)
 
-    def busy(self) -> int:
-        """Slots the engines themselves count as busy, over all models."""
+    def busy(self, *engines: str) -> int:
+        """Slots these engines (none: all) themselves count as busy, over all models."""
         total = 0
-        for url in self.engine_urls:
+        for url in engines or self.engine_urls:
             for slots in httpx.get(f"{url}/debug/slots", trust_env=False).json()["models"].values():
                 total += slots["busy"]
         return total
@@ -110,7 +140,6 @@ class Fabric:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._stop = stop = asyncio.Event()
         async with contextlib.AsyncExitStack() as stack:
             for settings in self.engines:
                 backend = SimulatedBackend(settings)
@@ -123,53 +152,43 @@ class Fabric:
                 self.addresses = addresses
                 bound.set()
 
+            def start(name: str, main: Callable[[Stop], Coroutine[Any, Any, int]]) -> None:
+                self._stops[name], self._ended[name] = Stop(), threading.Event()
+                task = group.create_task(main(self._stops[name]))
+                task.add_done_callback(lambda _: self._ended[name].set())
+
             any_port = "tcp://127.0.0.1:*"
-            group.create_task(
-                broker.server.run(
-                    BrokerSettings(gateways=any_port, workers=any_port, **self.broker_settings), stop, on_ready=on_bound
-                )
-            )
+            broker_settings = BrokerSettings(gateways=any_port, workers=any_port, **self.broker_settings)
+            start("broker", lambda stop: broker.server.run(broker_settings, stop, on_ready=on_bound))
             await bound.wait()
             assert self.addresses is not None
-            listening = asyncio.Event()
-
-            def on_listening(url: str) -> None:
-                self.http_url = url
-                self.url = url.replace("http://", "ws://")
-                listening.set()
-
-            group.create_task(
-                gateway.app.run(
-                    GatewaySettings(
-                        broker=self.addresses.gateways,
-                        listen="127.0.0.1:0",
-                        data_dir=self.folder,
-                        **self.gateway_settings,
-                    ),
-                    stop,
-                    on_ready=on_listening,
-                )
+            gateway_settings = GatewaySettings(
+                broker=self.addresses.gateways, listen="127.0.0.1:0", data_dir=self.folder, **self.gateway_settings
             )
+            for number in range(self.gateways):
+                listening = asyncio.Event()
+
+                def on_listening(url: str, number: int = number, listening: asyncio.Event = listening) -> None:
+                    self.http_urls[number] = url
+                    listening.set()
+
+                start(f"gateway-{number}", partial(gateway.app.run, gateway_settings, on_ready=on_listening))
+                await listening.wait()
             for number, url in enumerate(self.engine_urls, 1):
-                slots = self.engines[number - 1].slots
-                group.create_task(
-                    workers.agent.run(
-                        WorkerSettings(
-                            broker=self.addresses.workers,
-                            ollama=(f"{url},slots={slots}",),
-                            name=f"worker-{number}",
-                            poll_interval_s=0.2,
-                        ),
-                        stop,
-                    )
+                worker_settings = WorkerSettings(
+                    broker=self.addresses.workers,
+                    ollama=(f"{url},slots={self.engines[number - 1].slots}",),
+                    name=f"worker-{number}",
+                    poll_interval_s=0.2,
+                    data_dir=self.folder,
                 )
-            await listening.wait()
+                start(f"worker-{number}", partial(workers.agent.run, worker_settings))
             async with httpx.AsyncClient(trust_env=False) as client:
-                for _ in range(int(START_S / 0.02)):
-                    state = (await client.get(f"{self.http_url}/readyz")).json()
-                    complete = state["ready"] if self.engines else state["reason"] == "no worker is connected"
-                    if complete and state["workers"] == len(self.engines):
-                        break
-                    await asyncio.sleep(0.02)
+                for url in self.http_urls:
+                    for _ in range(int(START_S / 0.02)):
+                        state = (await client.get(f"{url}/readyz")).json()
+                        complete = state["ready"] if self.engines else state["reason"] == "no worker is connected"
+                        if complete and state["workers"] == len(self.engines):
+                            break
+                        await asyncio.sleep(0.02)
             self._ready.set()
-            await stop.wait()

@@ -63,16 +63,18 @@ def sign(fabric: Fabric, challenge: str) -> str:
 
 
 @asynccontextmanager
-async def connect(fabric: Fabric, **options: Any) -> AsyncIterator[Wire]:
+async def connect(fabric: Fabric, *, gateway: int = 0, **options: Any) -> AsyncIterator[Wire]:
     """A connection that has said nothing yet."""
-    async with websockets.connect(fabric.url, max_size=None, proxy=None, **options) as connection:
+    async with websockets.connect(fabric.url_of(gateway), max_size=None, proxy=None, **options) as connection:
         yield Wire(connection)
 
 
 @asynccontextmanager
-async def authenticated(fabric: Fabric, **options: Any) -> AsyncIterator[Wire]:
+async def authenticated(
+    fabric: Fabric, *, gateway: int = 0, resume: bool = False, **options: Any
+) -> AsyncIterator[Wire]:
     """A connection of the fabric's client."""
-    async with connect(fabric, **options) as wire:
-        result = await wire.authenticate(fabric)
+    async with connect(fabric, gateway=gateway, **options) as wire:
+        result = await wire.authenticate(fabric, resume=resume)
         assert result["success"], result
         yield wire

@@ -22,8 +22,15 @@ class BrokenError(Exception):
     """The connection could not be made, broke, or what came over it is not HTTP."""
 
 
+class RequestError(ValueError):
+    """What was to be asked cannot stand in a request line."""
+
+
 class Sink(Protocol):
-    """Hears the answer to one request. `head` comes once, then `body` for every piece."""
+    """Hears the answer to one request. `head` comes once, then `body` for every piece.
+
+    What they raise ends the request, and comes out of it as it is.
+    """
 
     def head(self, status: int, content_type: str, connection: "Connection") -> None: ...
 
@@ -55,6 +62,7 @@ class Connection(asyncio.Protocol):
 
         Raises:
             BrokenError: the answer broke off, or is not HTTP.
+            Exception: what the sink raised.
         """
         self._parser = httptools.HttpResponseParser(self)
         self._sink, self._content_type, self._head_bytes = sink, "", 0
@@ -100,10 +108,15 @@ class Connection(asyncio.Protocol):
             return
         self.answered = True
         try:
-            self._parser.feed_data(data)
+            self._take(data, sink)
         except httptools.HttpParserError as error:
             self._end(BrokenError(f"it does not speak HTTP: {error}"))
-            return
+        except Exception as error:
+            # A bug of ours. Raised from here, the loop would only log it, and a lost connection would be heard of.
+            self._end(error)
+
+    def _take(self, data: bytes, sink: Sink) -> None:
+        self._parser.feed_data(data)
         if self._head_complete and not self._head_told:
             self._head_told = True
             sink.head(self._parser.get_status_code(), self._content_type, self)
@@ -120,7 +133,7 @@ class Connection(asyncio.Protocol):
         if self._complete:
             self._end(None)
 
-    def _end(self, error: BrokenError | None) -> None:
+    def _end(self, error: Exception | None) -> None:
         if error is not None:
             self.close()
         if self._done is not None and not self._done.done():
@@ -173,13 +186,14 @@ class HttpClient:
         """Post a body of JSON and hand the answer to `sink`, until it is complete.
 
         Raises:
-            ValueError: method or path cannot stand in a request line.
+            RequestError: method or path cannot stand in a request line.
             BrokenError: no connection, or it broke.
+            Exception: what the sink raised.
         """
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or " " in path:
-            raise ValueError(f"not the path of a request: {path[:100]!r}")
+            raise RequestError(f"not the path of a request: {path[:100]!r}")
         if not method.isascii() or not method.isalpha():
-            raise ValueError(f"not a method: {method[:100]!r}")
+            raise RequestError(f"not a method: {method[:100]!r}")
         head = (
             f"{method} {self._prefix}{path} HTTP/1.1\r\nhost: {self._authority}\r\ncontent-type: application/json\r\n"
             f"accept-encoding: identity\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -26,6 +26,7 @@ LIST_BYTES_MAX: Final = 8 * 2**20
 """A list of models: about 20,000."""
 SHOWS_PER_POLL_MAX: Final = 32
 """Models looked at closely per poll; of the others the family tells until their turn comes."""
+START_INTERVAL_S: Final = 0.1
 SERVE_START_S: Final = 60.0
 SERVE_STOP_S: Final = 5.0
 SERVE_BACKOFF_S: Final = 1.0
@@ -112,14 +113,19 @@ class Backend:
         self._poll_now.set()
 
     async def watch(self, changed: Callable[[], None]) -> None:
-        """Poll for ever; `changed` is called whenever `engine` became another."""
+        """Poll for ever; `changed` is called whenever `engine` became another.
+
+        Often until it first answers: an engine that starts together with its worker is not there yet.
+        """
+        answered = self.engine.up
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._interval_s):
+                async with asyncio.timeout(self._interval_s if answered else min(self._interval_s, START_INTERVAL_S)):
                     await self._poll_now.wait()
             self._poll_now.clear()
             if await self.poll():
                 changed()
+            answered = answered or self.engine.up
 
     async def poll(self) -> bool:
         """Ask the engine what it is and serves; True if `engine` changed."""

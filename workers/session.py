@@ -1,8 +1,9 @@
 """What a worker decides: its leases, their replay buffers, its registration. Pure: `now` is passed in.
 
 Rules
-1. The worker that holds a lease owns its events: all of them from its first seq, until the broker says `release`, or
-   `keep_s` after the end. Broker and gateway keep none; what is lost on the way they ask for again with `replay`.
+1. The worker that holds a lease owns its events: all of them from seq 0, until the broker says `release`, or `keep_s`
+   after the end and the last replay. What is lost on the way others ask for again with `replay`. A request that is
+   continued here brings the events it has, so that a client can resume it from here as well.
 2. Per lease everything leaves in order: `started`, every event once, then `end` or `failed`. A frame the socket
    refuses stays where it is; nothing overtakes it. A replay goes before fresh events, so that the reader, who takes
    only the next seq, has no reason to ask again.
@@ -13,7 +14,9 @@ Rules
 6. Bounds. Events of a lease count up to `lease_bytes_max`, those of all leases up to `worker_bytes_max`. At the bound
    go, in this order: finished leases that were delivered, oldest first (only at the worker's bound); events that were
    sent, oldest first. If what was not sent reaches the bound by itself, the engine is not read until it has left.
-   An unfinished line counts beside them, up to EVENT_BYTES_MAX. A `replay` of what went is a RESUME_GAP.
+   An unfinished line counts beside them, up to EVENT_BYTES_MAX. A `replay` of what went is answered `forgotten`.
+7. One broker is served at a time (common/standby.py). To another one the worker registers anew, with all it holds.
+8. A worker that drains takes nothing new, lets finish what runs, and leaves when its buffers have been released.
 
 Theory of operation
 `handle` takes a message, `feed` and its kin what an engine does, `tick` the time; each returns the effects the shell
@@ -53,15 +56,18 @@ from common.protocol import (
     HEARTBEAT_INTERVAL_S,
     HEARTBEATS_MISSED_MAX,
     Chunk,
+    Claim,
     End,
     Engine,
     Failed,
+    Forgotten,
     Message,
     Refused,
     Started,
     Stats,
     encode,
 )
+from common.standby import Brokers
 
 EVENT_BYTES_MAX: Final = BODY_BYTES_MAX
 """One event must fit into one frame."""
@@ -76,6 +82,8 @@ FRAMES_PER_PUMP_MAX: Final = 64
 NOTES_MAX: Final = 1000
 """Answers that wait for the socket. Beyond it they are dropped and the worker registers anew, which says it all."""
 ERROR_TEXT_MAX: Final = 2000
+ASKED_WRONGLY: Final = ('option "', "invalid format:")
+"""How the 500 begins with which Ollama answers a request that no engine could serve (handleScheduleError, FromMap)."""
 NONSENSE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding an engine's answer may raise."""
 
@@ -110,7 +118,10 @@ class _Replay:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """One attempt of one request. `events[i]` has seq `base + i`; `sent` is the next seq that was never sent."""
+    """One attempt of one request. `events[i]` has seq `base + i`; `sent` is the next seq that was never sent.
+
+    `body` is kept for a request that can be resumed: the gateway that it is resumed through needs it to continue it.
+    """
 
     rid: bytes
     attempt: int
@@ -119,6 +130,10 @@ class Lease:
     model: str
     method: str
     path: str
+    client: str
+    ref: str
+    grace_ms: int
+    body: bytes
     base: int
     sent: int
     heard_at: float
@@ -166,10 +181,11 @@ class Lease:
 
 @dataclass(slots=True, frozen=True)
 class Post:
-    """Post the body to the lease's engine and feed back what comes."""
+    """Post the body to the lease's engine and feed back what comes; with `prior` events, continue them."""
 
     lease: Lease
     body: bytes
+    prior: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -194,6 +210,25 @@ class Joined:
 
 
 @dataclass(slots=True, frozen=True)
+class Served:
+    """Another broker is served from now on, by its index in the list."""
+
+    broker: int
+
+
+@dataclass(slots=True, frozen=True)
+class Probe:
+    """Ask the other brokers for a sign of life: send each a `probe`."""
+
+
+@dataclass(slots=True, frozen=True)
+class Drained:
+    """An operator drained this worker (`on`) or resumed it: keep it in mind beyond a restart."""
+
+    on: bool
+
+
+@dataclass(slots=True, frozen=True)
 class Superseded:
     """A newer process has this worker's name: end."""
 
@@ -206,7 +241,7 @@ class Report:
     facts: dict[str, object]
 
 
-Effect = Post | Close | Resume | Joined | Superseded | Report
+Effect = Post | Close | Resume | Joined | Served | Probe | Drained | Superseded | Report
 Offer = Callable[[bytes], bool]
 
 
@@ -223,9 +258,9 @@ class Limits:
 
 
 class Session:
-    """All leases of one worker process and its registration with one broker."""
+    """All leases of one worker process and its registration with the broker it serves."""
 
-    def __init__(self, name: str, epoch: str, limits: Limits, now: float) -> None:
+    def __init__(self, name: str, epoch: str, limits: Limits, now: float, *, brokers: int = 1) -> None:
         self.name = name
         self.epoch = epoch
         self.limits = limits
@@ -236,6 +271,7 @@ class Session:
         """The last `pump` left frames behind: pump again soon."""
         self.left = False
         """`bye` was sent after everything else."""
+        self._brokers = Brokers(brokers, now)
         self._leases: dict[bytes, Lease] = {}
         self._ended: dict[bytes, Lease] = {}  # ENDED and DELIVERED, in the order they ended
         self._busy: Counter[tuple[str, str]] = Counter()  # leases at the engine by (engine url, digest)
@@ -253,12 +289,16 @@ class Session:
         self._state_due = False
         self._beat_due = False
         self._beat_at = now + HEARTBEAT_INTERVAL_S
+        self._retiring = False
         self._leaving = False
 
     # The broker's messages --------------------------------------------------------------------------------------------
 
-    def handle(self, message: protocol.ToWorker, payload: bytes, now: float) -> Sequence[Effect]:
-        """Take a message of the broker."""
+    def handle(self, message: protocol.ToWorker, payload: bytes, now: float, *, broker: int = 0) -> Sequence[Effect]:
+        """Take a message of a broker."""
+        self._brokers.hear(broker, now)
+        if broker != self._brokers.active:
+            return ()
         self._heard_at = now
         self._lost = False
         match message:
@@ -283,7 +323,8 @@ class Session:
                 if self._asked_at is None or now - self._asked_at >= HEARTBEAT_INTERVAL_S:
                     self._register_due = True
             case protocol.Drain():
-                self.draining, self._state_due = message.on or self._leaving, True
+                self.draining, self._state_due = message.on or self._retiring, True
+                self._effects.append(Drained(message.on))
             case protocol.Superseded():
                 self._effects.append(Superseded())
             case protocol.ModelOp():
@@ -306,9 +347,25 @@ class Session:
         self._state_due = True
         return True
 
+    @property
+    def heard_at(self) -> float:
+        """When the broker last said something."""
+        return self._heard_at
+
+    @property
+    def leases(self) -> int:
+        """Requests it works on or keeps events of."""
+        return len(self._leases)
+
+    def drain(self, *, for_good: bool = False) -> None:
+        """Take nothing more, until an operator says otherwise; `for_good`: the process ends when no lease is left."""
+        self.draining = self._state_due = True
+        self._retiring = self._retiring or for_good
+
     def shutdown(self, now: float) -> Sequence[Effect]:
         """Take nothing more and fail what runs; once `pump` has sent all, and then `bye`, `left` is true."""
-        self.draining = self._leaving = True
+        self.drain(for_good=True)
+        self._leaving = True
         for lease in list(self._leases.values()):
             if lease.at_engine:
                 self._fail(lease, Code.SHUTTING_DOWN, "the worker is shutting down", now, retryable=True)
@@ -323,6 +380,19 @@ class Session:
         if reason:
             self._note(Refused(rid=message.rid, attempt=message.attempt, reason=reason))
             return
+        prior: list[bytes] = []
+        if message.start:
+            body, delivered = body[: message.body_bytes], body[message.body_bytes :]
+            prior = [line + b"\n" for line in delivered.split(b"\n")[:-1]]
+            if len(prior) != message.start:
+                # Refused it would be assigned again, and again.
+                text = f"a continuation of {message.start} events came with {len(prior)}"
+                failed = Failed(
+                    rid=message.rid, attempt=message.attempt, code=Code.WORKER_LOST, message=text, seq=message.start
+                )
+                self._note(failed)
+                return
+        kept = body if message.grace_ms else b""
         lease = Lease(
             rid=message.rid,
             attempt=message.attempt,
@@ -331,16 +401,21 @@ class Session:
             model=message.model,
             method=message.method,
             path=message.path,
-            base=message.start,
+            client=message.client,
+            ref=message.ref,
+            grace_ms=message.grace_ms,
+            body=kept,
+            base=0,
             sent=message.start,
             heard_at=now,
-            size_bytes=LEASE_OVERHEAD_BYTES,
+            events=prior,
+            size_bytes=LEASE_OVERHEAD_BYTES + len(kept) + sum(map(len, prior)) + EVENT_OVERHEAD_BYTES * len(prior),
             story=[(now, LeaseState.POSTED)],
         )
         self._leases[lease.rid] = lease
         self._busy[lease.engine, lease.digest] += 1
         self._bytes += lease.size_bytes
-        self._effects.append(Post(lease, body))
+        self._effects.append(Post(lease, body, tuple(prior)))
 
     def _objection(self, message: protocol.Assign, held: Lease | None, now: float) -> str:
         """Why an assign can't be carried out, or nothing."""
@@ -365,21 +440,20 @@ class Session:
 
     def _replay(self, message: protocol.Replay, now: float) -> None:
         lease = self._leases.get(message.rid)
-        if lease is not None and lease.attempt == message.attempt and lease.base <= message.start:
-            lease.replay = _Replay(message.start, lease.sent, message.bytes_max, started=message.start == 0)
-            self._queue(lease)
+        base = lease.base if lease is not None and lease.attempt == message.attempt else COUNT_MAX
+        if lease is None or base > message.start:
+            self._note(Forgotten(rid=message.rid, attempt=message.attempt, base=base))
             return
-        # The reader can't go on. `seq` is where it stands, so that the terminal counts at once.
-        failed = Failed(
-            rid=message.rid,
-            attempt=message.attempt,
-            code=Code.RESUME_GAP,
-            message=f"the events from {message.start} on are no longer kept",
-            seq=message.start,
-        )
-        self._note(failed)
-        if lease is not None and lease.attempt == message.attempt:
-            self._drop(lease, now)
+        lease.replay = _Replay(message.start, lease.sent, message.bytes_max, started=message.start == 0)
+        if lease.keep_until:
+            self._keep(lease, now)
+        self._queue(lease)
+
+    def _keep(self, lease: Lease, now: float) -> None:
+        """From now on for `keep_s`; the one that is kept longest stands last."""
+        lease.keep_until = now + self.limits.keep_s
+        if self._ended.pop(lease.rid, None) is not None:
+            self._ended[lease.rid] = lease
 
     # What an engine does ----------------------------------------------------------------------------------------------
 
@@ -396,12 +470,12 @@ class Session:
         """The engine answered with an error; `body` is its answer. A 4xx is an answer, not a failure to retry."""
         if lease.state is not LeaseState.POSTED:
             return
+        text = _error_text(body) or f"the engine {lease.engine} answered {status}"
         code, retryable = Code.BACKEND_ERROR, True
         if status == 404:
             code, retryable = Code.MODEL_NOT_FOUND, False
-        elif 400 <= status < 500 and status != 429:
+        elif (400 <= status < 500 and status != 429) or (status == 500 and text.startswith(ASKED_WRONGLY)):
             code, retryable = Code.INVALID_MESSAGE, False
-        text = _error_text(body) or f"the engine {lease.engine} answered {status}"
         self._fail(lease, code, text, now, retryable=retryable, status=status, payload=body)
 
     def feed(self, lease: Lease, data: bytes, now: float) -> bool:
@@ -432,7 +506,10 @@ class Session:
         if lease.partial:
             rest = bytes(lease.partial)
             lease.partial.clear()
-            if not self._take(lease, [rest], rest, now):
+            if lease.by_lines:
+                # Half a line is no event: a continuation could not be told from it.
+                rest = rest + b"\n" if _final(rest) else b""
+            if rest and not self._take(lease, [rest], rest, now):
                 return
         final = _final(lease.last)
         if lease.by_lines and not (final and final.done):
@@ -441,6 +518,12 @@ class Session:
             return
         stats = final.stats() if final else Stats()
         self._finish(lease, End(rid=lease.rid, attempt=lease.attempt, seq=lease.top, stats=stats), b"", now)
+
+    def cannot_continue(self, lease: Lease, why: str, now: float) -> None:
+        """The lease was to be continued, and its engine or what was delivered does not allow it."""
+        if lease.at_engine:
+            text = f"the stream broke with its host and cannot be continued: {why}; what has arrived is all there is"
+            self._fail(lease, Code.WORKER_LOST, text, now, retryable=False)
 
     def broke(self, lease: Lease, error: str, now: float) -> None:
         """The connection to the engine could not be made, or broke."""
@@ -512,7 +595,7 @@ class Session:
         lease.size_bytes += len(payload)
         self._bytes += len(payload)
         lease.partial.clear()
-        lease.keep_until = now + self.limits.keep_s
+        self._keep(lease, now)
         self._move(lease, LeaseState.ENDED, now)
         self._queue(lease)
 
@@ -626,7 +709,20 @@ class Session:
 
     def _register(self) -> protocol.Register:
         claims = tuple(
-            protocol.Claim(rid=lease.rid, attempt=lease.attempt, top=lease.top, ended=not lease.at_engine)
+            Claim(
+                rid=lease.rid,
+                attempt=lease.attempt,
+                engine=lease.engine,
+                digest=lease.digest,
+                client=lease.client,
+                ref=lease.ref,
+                model=lease.model,
+                path=lease.path,
+                method=lease.method,
+                grace_ms=lease.grace_ms,
+                top=lease.top,
+                ended=not lease.at_engine,
+            )
             for lease in self._leases.values()
         )
         return protocol.Register(
@@ -682,7 +778,7 @@ class Session:
 
     def _send_replay(self, lease: Lease, replay: _Replay, offer: Offer) -> bool:
         if replay.started and lease.started_sent and lease.started is not None:
-            if not offer(encode(lease.started)):
+            if not offer(encode(lease.started, lease.body)):
                 return False
             replay.started = False
             return True
@@ -746,6 +842,11 @@ class Session:
 
     def tick(self, now: float) -> Sequence[Effect]:
         """Do what is due."""
+        if self._brokers.choose(now):
+            self.registration = self._asked_at = None
+            self._heard_at, self._lost = now, False
+            self._effects.append(Served(self._brokers.active))
+            self._beat_at = now
         if not self._lost and now >= self._lost_at:
             self._lost = True
             self.registration = None
@@ -757,6 +858,7 @@ class Session:
                 self._drop(lease, now)
         if now >= self._beat_at:
             self._beat_at = now + HEARTBEAT_INTERVAL_S
+            self._effects.append(Probe())
             if self.registration is None:
                 self._register_due = not self.left
             else:

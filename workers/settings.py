@@ -4,18 +4,19 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, ClassVar, Final
 from urllib.parse import urlsplit
 
 import msgspec
 
-from common.config import Settings
+from common.config import PositiveSeconds, Settings, tcp_addresses
 from common.errors import UsageError
 
 OLLAMA_PORT: Final = 11434
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Bytes = Annotated[int, msgspec.Meta(ge=64 * 2**10)]
+SLOTS_MAX: Final = 4096
+BufferBytes = Annotated[int, msgspec.Meta(ge=64 * 2**10)]
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
@@ -57,7 +58,7 @@ def engine_addresses(entries: Sequence[str], environment: Mapping[str, str] = os
     string (the environment, a file) was split at its commas: a bare `slots=N` belongs to the engine before it.
 
     Raises:
-        UsageError: an entry that is no address, slots below 1, or an engine named twice.
+        UsageError: an entry that is no address, slots out of bounds, or an engine named twice.
     """
     default = environment.get("OLLAMA_NUM_PARALLEL", "")
     slots_default = int(default) if default.isdecimal() and int(default) > 0 else 1
@@ -65,8 +66,8 @@ def engine_addresses(entries: Sequence[str], environment: Mapping[str, str] = os
     for part in ",".join(entries or (environment.get("OLLAMA_HOST", ""),)).split(","):
         key, found, value = part.strip().partition("=")
         if found and key == "slots" and slots:
-            if not value.isdecimal() or int(value) < 1:
-                raise UsageError(f"--ollama: slots must be a whole number from 1, not {value!r}")
+            if not re.fullmatch(r"[0-9]{1,5}", value) or not 1 <= int(value) <= SLOTS_MAX:
+                raise UsageError(f"--ollama: slots must be a whole number from 1 to {SLOTS_MAX}, not {value!r}")
             slots[next(reversed(slots))] = int(value)
             continue
         if entries and not part.strip():
@@ -82,7 +83,7 @@ class WorkerSettings(Settings, frozen=True):
     """What `weftline worker` can be told. Durations in seconds.
 
     Attributes:
-        broker: where the broker waits for workers.
+        broker: where the broker waits for workers; several in order, separated by commas: the first that lives serves.
         ollama: engines as `URL[,slots=N]`; none means OLLAMA_HOST or http://127.0.0.1:11434.
         name: unique in the fleet; of two live workers of one name the newer wins.
         start_ollama: run `ollama serve` for the first engine if it does not answer.
@@ -92,7 +93,9 @@ class WorkerSettings(Settings, frozen=True):
         lease_bytes_max: events kept for one request; beyond it the oldest sent ones go, then reading stops.
         worker_bytes_max: the same for all requests; the oldest finished requests go first.
         orphan_s: without a broker for so long, requests are cancelled.
-        keep_s: a finished request's events are kept at most so long.
+        keep_s: a finished request's events are kept at most so long after its end and after they were last asked for.
+        drain_s: after SIGTERM, how long what runs may take to finish.
+        data_dir: where it is kept in mind that an operator drained this worker.
     """
 
     section: ClassVar[str] = "worker"
@@ -101,10 +104,15 @@ class WorkerSettings(Settings, frozen=True):
     ollama: tuple[str, ...] = ()
     name: str = msgspec.field(default_factory=socket.gethostname)
     start_ollama: bool = False
-    first_byte_s: Positive = 600.0
-    silence_s: Positive = 120.0
-    poll_interval_s: Positive = 2.0
-    lease_bytes_max: Bytes = 32 * 2**20
-    worker_bytes_max: Bytes = 256 * 2**20
-    orphan_s: Positive = 60.0
-    keep_s: Positive = 90.0
+    first_byte_s: PositiveSeconds = 600.0
+    silence_s: PositiveSeconds = 120.0
+    poll_interval_s: PositiveSeconds = 2.0
+    lease_bytes_max: BufferBytes = 32 * 2**20
+    worker_bytes_max: BufferBytes = 256 * 2**20
+    orphan_s: PositiveSeconds = 60.0
+    keep_s: PositiveSeconds = 90.0
+    drain_s: PositiveSeconds = 600.0
+    data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        tcp_addresses(self.broker, "--broker")

@@ -15,8 +15,9 @@ import websockets
 
 import workers.agent
 import workers.ollama
-from common.protocol import Submit
-from gateway.session import Stream
+from common.errors import Code
+from common.protocol import Failed, Submit
+from gateway.session import Over, Stream
 from gateway.settings import GatewaySettings
 from gateway.websocket import Closed, Connection, Services
 from tests.fabric import Fabric
@@ -179,13 +180,13 @@ async def test_an_engine_that_trickles_its_list_is_down(monkeypatch: pytest.Monk
     async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n")
-        while not reader.at_eof():
-            writer.write(b" ")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.01):
-                    await reader.read()
-        writer.close()
         with contextlib.suppress(ConnectionError):
+            while not reader.at_eof():
+                writer.write(b" ")
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.01):
+                        await reader.read()
+            writer.close()
             await writer.wait_closed()
         left.set()
 
@@ -291,6 +292,42 @@ async def test_refusals_are_forgiven_in_time() -> None:
         refuse()
     with pytest.raises(Closed):
         refuse()
+
+
+def heard_by(connection: Connection) -> list[dict[str, Any]]:
+    """What waits in its outbox."""
+    return [json.loads(frame) for frame in connection._outbox]
+
+
+async def test_one_long_answer_does_not_mean_that_the_client_does_not_read() -> None:
+    connection = connection_of([])
+    connection.say_error(Code.INTERNAL, "x" * 1500)
+    assert connection._closing is None
+    connection.say_error(Code.INTERNAL, "x")
+    assert connection._closing is not None
+    assert (connection._closing.code, connection._closing.reason) == (1008, "the client does not read")
+
+
+async def test_many_answers_nobody_reads_close_the_line() -> None:
+    connection = connection_of([])
+    while connection._closing is None:
+        connection.say_error(Code.INTERNAL, "x")
+        assert connection._answer_bytes < 1200
+
+
+async def test_an_error_has_a_bound() -> None:
+    """An engine's own words may be as long as it likes, and a fleet may have any number of models."""
+    submitted: list[Stream] = []
+    connection = connection_of(submitted)
+    connection._services.metrics.finished = lambda *_: None  # type: ignore[method-assign]
+    connection._handle(json.dumps({"type": "generate", "id": "1", "model": "m", "prompt": "p"}))
+    models = tuple(f"model-{number}" for number in range(5000))
+    rid = submitted[0].submit.rid
+    failed = Failed(rid=rid, attempt=0, code=Code.MODEL_NOT_FOUND, message="x" * 10_000, models=models)
+    connection._streams["1"].hear(Over(failed, b""))
+    (error,) = heard_by(connection)
+    assert (error["code"], error["error"]) == ("MODEL_NOT_FOUND", "x" * 2000)
+    assert error["models"] == list(models[:1000])
 
 
 async def test_nobody_else_gets_a_token_of_it(fabric: Fabric) -> None:

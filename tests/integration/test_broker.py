@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from broker import server
 from broker.server import Broker
@@ -251,7 +252,8 @@ async def test_a_gateway_that_comes_back_on_a_new_line_goes_on(monkeypatch: pyte
         g.socket.close()
         w.say(Chunk(rid=RID, attempt=assign.attempt, seq=3, n=1), b"lost\n")
         async with gateway(broker) as again:
-            again.say(Submit(rid=RID, client="alice", ref="1", model="m:latest", path="/x", next_seq=3))
+            known = Submit(rid=RID, client="alice", ref="1", model="m:latest", path="/x")
+            again.say(replace(known, accepted=True, attempt=assign.attempt, next_seq=3))
             assert (await again.hear(Leased)).attempt == assign.attempt
             assert (await again.hear(Gap)).attempt == assign.attempt
             w.say_raw(frame := encode(Chunk(rid=RID, attempt=assign.attempt, seq=4, n=1), b"{}\n"))

@@ -134,6 +134,17 @@ def test_running_and_waiting_requests_and_ctrl_c(tmp_path: Path, capsys: Capture
         fabric.until(lambda: fabric.busy() == 0, "the engine stopped")
 
 
+def test_a_client_revoked_in_an_answer_is_refused(tmp_path: Path) -> None:
+    with Fabric(tmp_path / "fabric", engines=[Settings(tokens_per_s=20)]) as fabric:
+        with started("cli.main", "chat", "--key", str(fabric.config_path), "--json", "Hello") as chat:
+            chat.find('"token"')
+            with contextlib.closing(Store.open(fabric.folder)) as store:
+                store.revoke(fabric.client_id)
+            assert chat.wait() == 77
+            chat.find("the gateway refuses this client")
+        fabric.until(lambda: fabric.busy() == 0, "the engine stopped")
+
+
 # Processes that cannot start ------------------------------------------------------------------------------------------
 
 
@@ -205,7 +216,14 @@ def test_a_wrong_setting_is_named_with_the_nearest(
     "arguments",
     [
         ["broker", "--gateways", "nonsense"],
+        ["broker", "--workers", "tcp://127.0.0.1:99999"],
         ["gateway", "--listen", "nonsense"],
+        ["gateway", "--listen", "127.0.0.1:99999"],
+        ["gateway", "--broker", "foo"],
+        ["up", "--port", "99999"],
+        ["up", "--port", "-1"],
+        ["up", "--workers", "0"],
+        ["models", "--url", "127.0.0.1:3000"],
         ["worker", "--broker", "nonsense"],
         ["worker", "--ollama", "127.0.0.1:1,slots=0"],
         ["engine", "--model", "no-file"],
@@ -274,7 +292,7 @@ def test_parts_started_one_by_one(tmp_path: Path, capsys: Capture, monkeypatch: 
         assert main(["chat", "--model", "llama2", "--option", "num_predict=3", "Hello"]) == 0
         assert len(capsys.readouterr().out.split()) == 3
         for process in (gateway, worker, serving, broker):
-            process.signal(signal.SIGTERM)
+            process.signal(signal.SIGINT)  # at once: SIGTERM waits for what could be resumed
             assert process.wait() == 0
 
 

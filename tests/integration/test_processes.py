@@ -120,7 +120,7 @@ def wait_until(condition: Any, what: str, timeout_s: float = 10.0) -> None:
 
 def test_two_workers_share_the_load(parts: Parts) -> None:
     with Client.from_config(parts.config) as client:
-        streams = [client.generate(f"p{n}", stream=True, options={"num_predict": 200}) for n in range(4)]
+        streams = [client.generate(f"p{n}", stream=True, options={"num_predict": 1000}) for n in range(4)]
         threads = [threading.Thread(target=lambda s=stream: list(s)) for stream in streams]
         for thread in threads:
             thread.start()
@@ -130,7 +130,7 @@ def test_two_workers_share_the_load(parts: Parts) -> None:
         for thread in threads:
             thread.join(30)
         for number, stream in enumerate(streams):
-            assert stream.result.text == transcript(f"p{number}", 0, 200)
+            assert stream.result.text == transcript(f"p{number}", 0, 1000)
         assert {stream.result.host for stream in streams} == {"host-1", "host-2"}
 
 
@@ -238,6 +238,11 @@ def test_up_runs_everything_and_takes_its_parts_along(tmp_path: Path) -> None:
         wait_until(lambda: not any(map(listens, ports)), "every part of the dead `up` has ended")
     with started("cli.main", *arguments) as up:
         up.find("weftline is up")
+        another = subprocess.run(
+            [sys.executable, "-m", "cli.main", *arguments], capture_output=True, text=True, timeout=30, cwd=ROOT
+        )
+        assert another.returncode == 1
+        assert f"another `weftline up` (process {up.pid}) runs on the data dir {tmp_path}" in another.stderr
         up.signal(signal.SIGINT)
         assert up.wait() == 0
         up.find("Stopped")

@@ -70,6 +70,11 @@ async def becomes(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+def waiting(socket: Socket) -> int:
+    """Messages in all outboxes."""
+    return sum(len(outbox.frames) for outbox in socket._outboxes.values())
+
+
 @asynccontextmanager
 async def router(address: str = LOCAL, **options: Any) -> AsyncIterator[tuple[Socket, Box, str]]:
     box = Box()
@@ -117,7 +122,7 @@ def test_frames_arrive_once_and_in_order_both_ways(run: Run) -> None:
                 assert server.send(frame, peer) is Sent.OK
             assert (await inbox.until(2501))[1:] == asked
             assert await outbox.until(2500) == asked
-            assert server.waiting == client.waiting == 0
+            assert waiting(server) == waiting(client) == 0
 
     run(test())
 
@@ -201,6 +206,7 @@ def test_a_flood_does_not_keep_another_socket_from_its_turn(run: Run) -> None:
 async def stalled(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator["Stalled"]:
     """A ROUTER with a peer that does not read, so that neither libzmq nor the kernel takes another frame for it."""
     monkeypatch.setattr(transport, "OUTBOX_MESSAGES_MAX", 20)
+    monkeypatch.setattr(transport, "RESERVE_MESSAGES", 5)
     inbox = Box()
     server = Socket("router", inbox, hwm=5)
     server._socket.setsockopt(zmq.SNDBUF, 4096)
@@ -211,10 +217,10 @@ async def stalled(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator["Stalled"]:
             peer = await inbox.peer_of(b"I do not read")
             sent = unmoved = 0
             while unmoved < 40:  # nothing has left in so many attempts
-                waited = server.waiting
+                waited = waiting(server)
                 while server.send(b"%06d" % sent + b"x" * 16_384, peer, droppable=True) is Sent.OK:
                     sent += 1
-                unmoved = unmoved + 1 if server.waiting == waited else 0
+                unmoved = unmoved + 1 if waiting(server) == waited else 0
                 await asyncio.sleep(transport.FLUSH_INTERVAL_S)
             server.discard()
             yield Stalled(server, inbox, address, peer, mute, sent - transport.OUTBOX_MESSAGES_MAX)
@@ -241,7 +247,7 @@ def test_what_a_slow_peer_cannot_take_waits_and_then_follows_in_order(
             tail = [b"tail %d" % number for number in range(10)]
             for frame in tail:
                 assert s.server.send(frame, s.peer) is Sent.OK
-            assert s.server.waiting == 10
+            assert waiting(s.server) == 10
             got: list[bytes] = []
 
             def took_all() -> bool:
@@ -252,12 +258,12 @@ def test_what_a_slow_peer_cannot_take_waits_and_then_follows_in_order(
             await becomes(took_all)
             assert [int(frame[:6]) for frame in got[:-10]] == list(range(s.taken))
             assert got[-10:] == tail
-            await becomes(lambda: s.server.send(b"and on", s.peer) is Sent.OK and not s.server.waiting)
+            await becomes(lambda: s.server.send(b"and on", s.peer) is Sent.OK and not waiting(s.server))
 
     run(test())
 
 
-def test_at_the_bound_droppable_frames_are_dropped_and_a_control_frame_ends_it(
+def test_chunks_at_the_bound_are_dropped_and_do_not_cost_a_peer_its_control_frames(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
@@ -265,9 +271,31 @@ def test_at_the_bound_droppable_frames_are_dropped_and_a_control_frame_ends_it(
             for _ in range(20):
                 assert s.server.send(b"chunk", s.peer, droppable=True) is Sent.OK
             assert s.server.send(b"chunk", s.peer, droppable=True) is Sent.FULL
-            assert s.server.waiting == 20
+            for number in range(5):
+                assert s.server.send(b"control %d" % number, s.peer) is Sent.OK
+                assert s.server.send(b"chunk", s.peer, droppable=True) is Sent.FULL
+            assert waiting(s.server) == 25
+            got: list[bytes] = []
+
+            def took_all() -> bool:
+                if s.mute.poll(0):
+                    got.append(s.mute.recv())
+                return got[-1:] == [b"control 4"]
+
+            await becomes(took_all)
+            assert got[s.taken :] == [b"chunk"] * 20 + [b"control %d" % number for number in range(5)]
+
+    run(test())
+
+
+def test_who_cannot_take_its_control_frames_is_gone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with stalled(monkeypatch) as s:
+            for _ in range(25):
+                assert s.server.send(b"control", s.peer) is Sent.OK
+            assert s.server.send(b"chunk", s.peer, droppable=True) is Sent.FULL
             assert s.server.send(b"control", s.peer) is Sent.GONE
-            assert s.server.waiting == 0
+            assert waiting(s.server) == 0
 
     run(test())
 
@@ -276,9 +304,12 @@ def test_the_outbox_is_bounded_in_bytes_too(run: Run, monkeypatch: pytest.Monkey
     async def test() -> None:
         async with stalled(monkeypatch) as s:
             monkeypatch.setattr(transport, "OUTBOX_BYTES_MAX", 20_000)
+            monkeypatch.setattr(transport, "RESERVE_BYTES", 1_000)
             assert s.server.send(b"x" * 10_000, s.peer, droppable=True) is Sent.OK
             assert s.server.send(b"x" * 10_001, s.peer, droppable=True) is Sent.FULL
             assert s.server.send(b"x" * 10_000, s.peer, droppable=True) is Sent.OK
+            assert s.server.send(b"x" * 1_000, s.peer) is Sent.OK
+            assert s.server.send(b"x", s.peer) is Sent.GONE
 
     run(test())
 
@@ -293,7 +324,7 @@ def test_a_stalled_peer_holds_up_nobody(run: Run, monkeypatch: pytest.MonkeyPatc
                 assert client.send(b"%d" % number) is Sent.OK
                 await outbox.until(number + 1)
             await s.inbox.until(202)
-            assert s.server.waiting == 1
+            assert waiting(s.server) == 1
 
     run(test())
 
@@ -309,7 +340,7 @@ def test_a_send_that_fails_does_not_swallow_the_news_of_a_frame(run: Run, monkey
             assert select.select([s.server._fd], [], [], PATIENCE_S)[0]
             time.sleep(0.02)  # noqa: ASYNC251 - for some 3,000,000 CPU ticks libzmq takes in nothing new
             assert s.server.send(b"too much", s.peer) is Sent.OK
-            assert s.server.waiting == 1
+            assert waiting(s.server) == 1
             await s.inbox.peer_of(b"second")
 
     run(test())
@@ -320,7 +351,7 @@ def test_what_waits_for_a_peer_that_left_is_let_go(run: Run, monkeypatch: pytest
         async with stalled(monkeypatch) as s:
             assert s.server.send(b"too late", s.peer) is Sent.OK
             s.mute.close()
-            await becomes(lambda: s.server.waiting == 0)
+            await becomes(lambda: waiting(s.server) == 0)
             assert s.server.send(b"anyone?", s.peer) is Sent.GONE
 
     run(test())
@@ -331,7 +362,7 @@ def test_an_unknown_peer_is_gone_not_ignored(run: Run) -> None:
         async with router() as (server, _, _):
             assert server.send(b"hello?", b"\x00nope") is Sent.GONE
             assert server.send(b"hello?", b"\x00nope", droppable=True) is Sent.GONE
-            assert server.waiting == 0
+            assert waiting(server) == 0
 
     run(test())
 
@@ -339,7 +370,8 @@ def test_an_unknown_peer_is_gone_not_ignored(run: Run) -> None:
 def test_without_a_broker_a_dealer_is_offered_nothing_and_keeps_little(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "OUTBOX_MESSAGES_MAX", 3)
+    monkeypatch.setattr(transport, "OUTBOX_MESSAGES_MAX", 2)
+    monkeypatch.setattr(transport, "RESERVE_MESSAGES", 1)
 
     async def test() -> None:
         async with router() as (first, _, address):
@@ -352,7 +384,7 @@ def test_without_a_broker_a_dealer_is_offered_nothing_and_keeps_little(
                 assert client.send(b"later") is Sent.OK
                 assert not client.offer(b"before what waits")
                 client.discard()
-                assert client.waiting == 0
+                assert waiting(client) == 0
             finally:
                 client.close()
 
@@ -543,5 +575,33 @@ def test_ipv6_works_where_the_machine_has_it(run: Run) -> None:
                 await inbox.peer_of(b"hello")
         except ProcessError as error:
             pytest.skip(str(error))
+
+    run(test())
+
+
+def test_a_line_that_a_frame_too_large_ended_can_be_dialled_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        with monkeypatch.context() as small:
+            small.setattr(transport, "FRAME_BYTES_MAX", 1000)
+            inbox, heard = Box(), Box()
+            client = Socket("dealer", heard)
+        server = Socket("router", inbox)
+        try:
+            client.connect(server.bind(LOCAL))
+            client.send(b"hello")
+            await inbox.until(1)
+            [(peer, _)] = inbox.order
+            server.send(b"x" * 2000, peer)
+            server.send(b"never read", peer)
+            while server.send(b"gone?", peer) is not Sent.GONE:  # noqa: ASYNC110 - libzmq tells nobody
+                await asyncio.sleep(0.01)
+            client.dial_again()
+            client.send(b"hello again")
+            await inbox.until(2)
+            server.send(b"welcome", inbox.order[1][0])
+            assert await heard.until(1) == [b"welcome"]
+        finally:
+            client.close()
+            server.close()
 
     run(test())

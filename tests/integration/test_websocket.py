@@ -152,7 +152,7 @@ async def test_a_client_that_leaves_frees_the_engine(fabric: Fabric) -> None:
     fabric.until(lambda: fabric.busy() == 0, "the engines are idle after the client left")
 
 
-async def test_resume_is_reserved(fabric: Fabric) -> None:
+async def test_who_did_not_ask_for_resuming_cannot_resume(fabric: Fabric) -> None:
     async with authenticated(fabric) as wire:
         await wire.send({"type": "resume", "id": "gone", "lastSeq": 4})
         answer = await wire.hear()

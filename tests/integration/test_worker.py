@@ -16,7 +16,7 @@ import pytest
 import workers.ollama
 from common import protocol
 from common.errors import Code, ProcessError, UsageError
-from common.process import process_error
+from common.process import Stop, process_error
 from common.protocol import (
     Assign,
     Beat,
@@ -24,12 +24,16 @@ from common.protocol import (
     Cancel,
     Chunk,
     Claim,
+    Drain,
     End,
     Error,
     Failed,
     Model,
+    Probe,
+    Refused,
     Register,
     Registered,
+    Release,
     Replay,
     Started,
     State,
@@ -65,6 +69,9 @@ class FakeBroker:
 
     def _on_frame(self, peer: bytes, frame: bytes) -> None:
         message, payload = protocol.from_worker.decode(frame)
+        if isinstance(message, Probe):
+            self.socket.send(protocol.encode(Beat()), peer)
+            return
         if isinstance(message, Register):
             self.peer = peer
             if self.confirms:
@@ -233,7 +240,7 @@ class Line:
         values: dict[str, Any] = {"ollama": (f"{self.engine.url},slots=2",), "poll_interval_s": 0.05} | settings
         self.task = asyncio.create_task(
             run(
-                WorkerSettings(broker=self.broker.address, name="gpu-1", **values),
+                WorkerSettings(name="gpu-1", **({"broker": self.broker.address} | values)),
                 self.stop,
                 on_registered=registered.set,
             )
@@ -486,7 +493,18 @@ async def test_a_broker_that_restarts_is_told_what_runs(line: Line) -> None:
             await asyncio.sleep(0.01)
     register, _ = await line.broker.get(Register)
     assert register.epoch == line.register.epoch
-    assert register.leases == (Claim(rid=b"r", attempt=1, top=1),)
+    claim = Claim(
+        rid=b"r",
+        attempt=1,
+        engine=line.engine.url,
+        digest="d1",
+        client="",
+        ref="",
+        model="m:latest",
+        path="/api/generate",
+        top=1,
+    )
+    assert register.leases == (claim,)
     line.broker.send(Replay(rid=b"r", attempt=1, start=0))
     await line.broker.get(Started)
     chunk, payload = await line.broker.get(Chunk)
@@ -560,6 +578,103 @@ async def test_stop_fails_what_runs_and_says_bye(line: Line) -> None:
         (b"s", Code.SHUTTING_DOWN, True),
     }
     await line.broker.get(Bye)
+
+
+async def test_a_worker_that_is_told_to_end_finishes_first(line: Line) -> None:
+    go_on = asyncio.Event()
+
+    async def script(call: Call) -> None:
+        await call.head()
+        await call.piece(token(0))
+        await go_on.wait()
+        await call.piece(FINAL)
+        await call.end()
+
+    line.engine.script = script
+    line.stop = Stop()
+    await line.start()
+    line.broker.assign(line.engine.url)
+    await line.broker.get(Started)
+    await line.broker.get(Chunk)
+    line.stop.set()
+    while not (await line.broker.get(State))[0].draining:
+        pass
+    line.broker.assign(line.engine.url, rid=b"s")
+    assert (await line.broker.get(Refused))[0].reason == "the worker is draining"
+    go_on.set()
+    await line.broker.get(Chunk)
+    assert (await line.broker.get(End))[0].seq == 2
+    await line.broker.get(Beat)
+    assert line.task is not None
+    assert not line.task.done(), "somebody may come back for the events"
+    line.broker.send(Release(rid=b"r"))
+    await line.broker.get(Bye)
+    assert await line.end() == 0
+
+
+async def test_a_worker_does_not_finish_for_ever(line: Line) -> None:
+    line.engine.script = lambda call: call.closed()
+    line.stop = Stop()
+    await line.start(drain_s=0.01)
+    line.broker.assign(line.engine.url)
+    await line.broker.get(Beat)
+    line.stop.set()
+    assert (await line.broker.get(Failed))[0].code is Code.SHUTTING_DOWN
+    assert await line.end() == 0
+
+
+async def test_a_drained_worker_is_still_drained_after_a_restart(line: Line, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data_dir": tmp_path / "new"}
+    for command, drained in ((None, False), (Drain(), True), (Drain(), True), (Drain(on=False), False)):
+        if command is not None:
+            line.broker.send(command)
+            while (await line.broker.get(State))[0].draining != drained:
+                pass
+            await line.end()
+            await line.broker.get(Bye)
+            line.stop = asyncio.Event()
+        await line.start(**settings)
+        assert line.register.draining == drained
+
+
+async def test_a_worker_that_cannot_keep_in_mind_that_it_is_drained_drains_all_the_same(
+    line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    await line.start(data_dir=tmp_path / "file")
+    line.broker.send(Drain())
+    while not (await line.broker.get(State))[0].draining:
+        pass
+    assert "cannot keep in mind that this worker is drained" in caplog.text
+
+
+async def test_the_next_broker_of_the_list_takes_over(line: Line) -> None:
+    go_on = asyncio.Event()
+
+    async def script(call: Call) -> None:
+        await call.head()
+        await call.piece(token(0))
+        await go_on.wait()
+        await call.piece(FINAL)
+        await call.end()
+
+    line.engine.script = script
+    second = FakeBroker()
+    try:
+        await line.start(broker=f"{line.broker.address},{second.address}")
+        line.broker.assign(line.engine.url)
+        await line.broker.get(Started)
+        await line.broker.get(Chunk)
+        line.broker.socket.close()
+        register, _ = await second.get(Register)
+        assert (register.epoch, [lease.top for lease in register.leases]) == (line.register.epoch, [1])
+        go_on.set()
+        chunk, payload = await second.get(Chunk)
+        assert (chunk.seq, payload) == (1, FINAL)
+        await second.get(End)
+        assert await line.end() == 0
+    finally:
+        second.socket.close()
 
 
 async def test_stop_without_a_broker(line: Line) -> None:
@@ -676,7 +791,7 @@ async def test_the_command_ends_well_on_sigterm(line: Line) -> None:
     [
         (["--broker", "nowhere"], "HOST:PORT"),
         (["--ollama", "ftp://a"], "http or https"),
-        (["--log-level", "loud"], "[worker]"),
+        (["--log-level", "loud"], "log-level"),
         (["--nonsense"], "nonsense"),
     ],
 )

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from workers.http import HEAD_BYTES_MAX, BrokenError, Connection, HttpClient
+from workers.http import HEAD_BYTES_MAX, BrokenError, Connection, HttpClient, RequestError
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
@@ -162,6 +162,50 @@ async def test_what_is_no_complete_answer_is_broken(answer: bytes, words: str) -
             await post(client, Heard())
 
 
+class Buggy(Heard):
+    """A sink that raises `error` when it hears `at`."""
+
+    def __init__(self, at: str, error: Exception) -> None:
+        super().__init__()
+        self._at, self._error = at, error
+
+    def head(self, status: int, content_type: str, connection: Connection) -> None:
+        super().head(status, content_type, connection)
+        if self._at == "head":
+            raise self._error
+
+    def body(self, data: bytes) -> None:
+        super().body(data)
+        if self._at == "body":
+            raise self._error
+
+
+@pytest.mark.parametrize("at", ["head", "body"])
+@pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("a bug")])
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_bug_in_the_sink_comes_out_as_itself(at: str, error: Exception, kept: bool) -> None:
+    """Taken for a broken connection, the request would be tried elsewhere, and the bug with it."""
+    left = asyncio.Event()
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if kept:
+            await request(reader)
+            writer.write(OK + b"content-length: 2\r\n\r\nok")
+        await request(reader)
+        writer.write(CHUNKED + chunk(b"line\n"))
+        assert await reader.read() == b""
+        left.set()
+
+    async with engine(peer) as client:
+        if kept:
+            await post(client, Heard())
+        with pytest.raises(type(error)) as caught:
+            await post(client, Buggy(at, error))
+        assert caught.value is error
+        assert not isinstance(error, RequestError)
+        await left.wait()  # and the engine works for nobody
+
+
 async def test_nobody_there_is_broken() -> None:
     async with engine(lambda *_: asyncio.sleep(0)) as client:
         pass
@@ -172,7 +216,7 @@ async def test_nobody_there_is_broken() -> None:
 @pytest.mark.parametrize(("method", "path"), [("POST", "api"), ("POST", "/a b"), ("POST", "/\r\nx: y"), ("P OST", "/")])
 async def test_nothing_can_be_smuggled_into_the_request_line(method: str, path: str) -> None:
     async with engine(lambda *_: asyncio.sleep(0)) as client:
-        with pytest.raises(ValueError, match="not "):
+        with pytest.raises(RequestError, match="not "):
             await client.request(method, path, b"", Heard())
 
 

@@ -6,15 +6,44 @@ sent at once or, while there is no line, by the next one. Whatever arrives is pu
 whoever awaits that request is woken. A request leaves the table at its terminal message, or when the one who awaits it
 leaves first, and then the server is told to `stop`.
 
+Resuming. With `resume`, a dropped line ends nothing. The server keeps what it runs, and each new line takes it up:
+
+    phase            sent on this line   NOT_FOUND                     DUPLICATE_ID      anything but an error
+    WAITING          nothing yet         -                             -                 -
+    RUNNING          the request         ends it                       ends it           RUNNING
+    RESUMING         resume{id,lastSeq}  RESENT if no token had come   ends it           RUNNING
+                                         and nobody stopped it,
+                                         else ends it
+    RESENT           the request, again  ends it                       RESUMING_AGAIN    RUNNING
+    RESUMING_AGAIN   resume{id,lastSeq}  ends it                       ends it           RUNNING
+
+A line that drops takes all but WAITING to RESUMING on the next one. DUPLICATE_ID after RESENT says that the first
+sending was still on its way when `resume` overtook it. RATE_LIMITED, which a crowd of resumptions may earn, is tried
+again; SHUTTING_DOWN of a server that said `draining` leaves it to the next line, for this one is about to be closed;
+every other error ends the request. Tokens whose seq has been seen are repeats and are ignored.
+
+Stopping. A server that has not taken a request up yet would answer its `stop` with NOT_FOUND, which could not be told
+from the answer to `resume`. So `stop` is sent while RUNNING, and otherwise as soon as something comes for the request.
+A request that was left stays in a second table until its terminal comes, so that a `stop` that was lost with the line
+is repeated on the next: no engine works for nobody. `close()` closes with 1000, at which the server stops all; only
+while there is no line it has to leave that to the server, which gives up what nobody has resumed in time.
+
 Bounds. A stream buffers `stream_buffer` tokens. When it is full the reader stops reading, so TCP slows the server; all
 streams of the connection wait meanwhile. A stream that makes no room for `stall_timeout_s` is stopped and ends with
 SlowConsumerError after its buffered tokens. At most `CALLBACKS_MAX` asynchronous event callbacks run at once; at the
-bound the reader waits likewise, then cancels them. Nothing is ever dropped without an error.
+bound the reader waits likewise, then cancels them. At most `LEFT_MAX` requests that were left are remembered; at the
+bound the oldest is forgotten, and if its `stop` was lost the server gives it up in time. A new line sends `MEND_BURST`
+messages at once and then one each `MEND_PAUSE_S`, or as slowly as RATE_LIMITED asks. A request that was resumed or
+refused `Reconnect.tries_max` times in a row, and never heard of, ends when the line drops once more, or it is refused
+once more: one that fells each gateway that takes it up must not do so for ever. Such tries also lengthen the wait for
+the next line.
+Nothing is ever dropped without an error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import time
@@ -24,6 +53,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from errno import ECONNREFUSED
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
@@ -59,6 +89,7 @@ from weftline_client.protocol import (
     decode,
     encode,
     request_message,
+    resume_message,
     stop_message,
 )
 
@@ -71,6 +102,9 @@ Callback = Callable[[Message], object]
 
 CALLBACKS_MAX = 10_000
 CLOSE_TIMEOUT_S = 2.0
+LEFT_MAX = 256
+MEND_BURST = 100
+MEND_PAUSE_S = 0.025  # with the burst, half of what a gateway allows a connection by default, and less than its rate
 NEVER_CONNECTED = "not connected: call connect() first, or use a `with` block"
 
 logger = logging.getLogger("weftline_client")
@@ -78,7 +112,10 @@ logger = logging.getLogger("weftline_client")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconnect:
-    """How a lost line is opened again: at most `tries_max` tries within `time_max_s`."""
+    """How a lost line is opened again: at most `tries_max` tries within `time_max_s`.
+
+    The server keeps what ran on the line for a minute.
+    """
 
     tries_max: int = 10
     time_max_s: float = 120.0
@@ -103,6 +140,7 @@ class Settings(TypedDict, total=False):
     signature_algorithm: str
     encoding: Literal["json", "msgpack"]
     reconnect: Reconnect | None
+    resume: bool
     connect_timeout_s: float
     stream_buffer: int
     stall_timeout_s: float
@@ -110,15 +148,22 @@ class Settings(TypedDict, total=False):
     ssl: ssl.SSLContext | None
 
 
-class _Request:
-    """One request under way: what was asked, what has come, and how it ended.
+class _Phase(Enum):
+    """Where a request stands on the line there is; the module's docstring has the table."""
 
-    Message and `last_seq` are all that resuming it on a new line would need.
-    """
+    WAITING = auto()
+    RUNNING = auto()
+    RESUMING = auto()
+    RESENT = auto()
+    RESUMING_AGAIN = auto()
+
+
+class _Request:
+    """One request under way: what was asked, what has come, and how it ended."""
 
     __slots__ = (
-        "buffer", "id", "last_seq", "message", "model", "news", "outcome", "parts",
-        "queued", "room", "sent", "streamed", "thinking", "tool_calls",
+        "buffer", "entered", "id", "last_seq", "message", "model", "news", "outcome", "parts", "phase",
+        "queued", "room", "stopped", "streamed", "thinking", "tool_calls", "tries",
     )  # fmt: skip
 
     def __init__(self, message: Message, *, streamed: bool) -> None:
@@ -126,7 +171,10 @@ class _Request:
         self.model: str = message["model"]
         self.message = message
         self.streamed = streamed
-        self.sent = False
+        self.entered = time.monotonic()
+        self.phase = _Phase.WAITING
+        self.stopped = False  # whether the server is to end it
+        self.tries = 0  # to take it up on a new line, since anything but an error came
         self.last_seq = -1
         self.queued: Queued | None = None
         self.parts: list[str] = []
@@ -142,12 +190,27 @@ class _Request:
         """The text so far."""
         return "".join(self.parts)
 
+    @property
+    def sent(self) -> bool:
+        """Whether it has been sent, on this line or another."""
+        return self.phase is not _Phase.WAITING
+
+    def asked(self) -> Message:
+        """The message that asks for it now: of its deadline, what is left."""
+        deadline_ms = self.message.get("deadlineMs")
+        if not isinstance(deadline_ms, int):
+            return self.message
+        spent_ms = int((time.monotonic() - self.entered) * 1000)
+        return self.message | {"deadlineMs": max(1, deadline_ms - spent_ms)}
+
     def push(self, message: Message) -> None:
-        """Take in a `stream_token`; one whose seq was seen already is a repeat and changes nothing."""
+        """Take in a `stream_token`. One whose seq was seen already is a repeat, one after the end is for nobody."""
         seq = message.get("seq", self.last_seq + 1)
         if seq <= self.last_seq:
             return
         self.last_seq = seq
+        if self.outcome is not None:
+            return
         if self.streamed:
             token = Token.from_message(message, seq)
             self.parts.append(token)
@@ -321,7 +384,8 @@ class _Requests(ABC):
         """Complete a prompt: await it for the Result, or with `stream=True` iterate over its tokens.
 
         `params` are those of `GenerateParams`. Raises a WeftlineError by the server's code, ConnectionLostError if
-        the line drops meanwhile, NotConnectedError if there is none. Cancelling it stops the generation.
+        the line drops and the request cannot be resumed, NotConnectedError if there is none. Cancelling it stops the
+        generation.
         """
         return self._start("generate", {"model": model, "prompt": prompt}, params, stream=stream)
 
@@ -402,16 +466,19 @@ class _Requests(ABC):
 class AsyncClient(_Requests):
     """A connection to weftline that any number of tasks may share.
 
-    `server_url` is ws:// or wss:// (http and https mean the same). The key is PEM, RSA or Ed25519, without password.
-    `encoding="msgpack"` asks for binary frames and falls back to JSON. `reconnect=None` leaves a lost line lost.
-    `ssl` is for servers whose certificate the system does not know.
+    `server_url` is ws:// or wss:// (http and https mean the same), or several of them for gateways of one fabric: they
+    are tried in order, and a line that drops is followed by one to the next. The key is PEM, RSA or Ed25519, without
+    password. `encoding="msgpack"` asks for binary frames and falls back to JSON. `reconnect=None` leaves a lost line
+    lost. `resume=False` ends what runs with the line it runs on, as `reconnect=None` does; otherwise requests go on
+    where they were, and whoever awaits them notices nothing but the delay. `ssl` is for servers whose certificate the
+    system does not know.
 
     Raises ValueError for a missing or bad setting, OSError for a key file that cannot be read.
     """
 
     def __init__(
         self,
-        server_url: str = "ws://localhost:3000",
+        server_url: str | Sequence[str] = "ws://localhost:3000",
         *,
         client_id: str,
         private_key_path: str | Path | None = None,
@@ -419,6 +486,7 @@ class AsyncClient(_Requests):
         signature_algorithm: str = "SHA256",
         encoding: Literal["json", "msgpack"] = "json",
         reconnect: Reconnect | None = Reconnect(),
+        resume: bool = True,
         connect_timeout_s: float = 10.0,
         stream_buffer: int = 8192,
         stall_timeout_s: float = 5.0,
@@ -429,12 +497,15 @@ class AsyncClient(_Requests):
             raise ValueError("Client ID is required")
         if encoding not in ("json", "msgpack"):
             raise ValueError(f'encoding must be "json" or "msgpack", not {encoding!r}')
-        if server_url.startswith("http"):
-            server_url = "ws" + server_url.removeprefix("http")
-        self.server_url = server_url
+        urls = [server_url] if isinstance(server_url, str) else server_url
+        self._urls = deque("ws" + url.removeprefix("http") if url.startswith("http") else url for url in urls)
+        if not self._urls:
+            raise ValueError("server_url must name at least one gateway")
         self.client_id = client_id
         self._signer = Signer(private_key, private_key_path, signature_algorithm)
         self._reconnect = reconnect
+        self._resume = resume and reconnect is not None
+        self._tries_max = reconnect.tries_max if reconnect else 0
         self._rng = random.Random()
         self._connect_timeout_s = connect_timeout_s
         self._stream_buffer = stream_buffer
@@ -453,6 +524,10 @@ class AsyncClient(_Requests):
         self._line: asyncio.Future[ClientConnection] | None = None  # pending while a line is being opened
         self._group: asyncio.TaskGroup | None = None  # stops and callbacks; lives inside _task
         self._requests: dict[str, _Request] = {}
+        self._left: dict[str, _Request] = {}  # ended here, but the server has not said so yet; oldest first
+        self._mending: asyncio.Queue[_Request] = asyncio.Queue()  # what this line has yet to send for its requests
+        self._mend_pause_s = 0.0
+        self._draining = False  # the server has said that it is about to close this line
         self._calls: deque[tuple[str, asyncio.Future[Message]]] = deque()  # models and pings under way, oldest first
         self._callbacks: dict[str, list[Callback]] = {}
         self._callbacks_running: set[asyncio.Task[None]] = set()
@@ -466,6 +541,11 @@ class AsyncClient(_Requests):
         return cls(**{**load_config(path), **settings})
 
     @property
+    def server_url(self) -> str:
+        """The gateway of the line there is, or else the one that is tried next."""
+        return self._urls[0]
+
+    @property
     def connected(self) -> bool:
         """Whether there is an authenticated line at the moment."""
         line = self._line
@@ -477,7 +557,9 @@ class AsyncClient(_Requests):
         return len(self._requests)
 
     async def connect(self) -> None:
-        """Open the line and authenticate: one try, at most `connect_timeout_s`. Does nothing when connected.
+        """Open the line and authenticate: one try, of at most `connect_timeout_s`, at each gateway in turn.
+
+        Does nothing when connected.
 
         Raises AuthenticationError if the server refuses the identity, NotConnectedError if it cannot be reached.
         """
@@ -493,7 +575,10 @@ class AsyncClient(_Requests):
             raise
 
     async def close(self) -> None:
-        """Close the line. Requests under way end with ConnectionLostError, and running callbacks are cancelled."""
+        """Close the line. Requests under way end with ConnectionLostError, and running callbacks are cancelled.
+
+        The server stops what it ran for this client: at once, or, if there is no line to tell it on, after a minute.
+        """
         task = self._task
         if task is None:
             return
@@ -524,14 +609,20 @@ class AsyncClient(_Requests):
         return (time.perf_counter() - start) * 1000
 
     async def stop(self, request_id: str) -> None:
-        """Ask the server to end a request; it ends with done_reason "cancelled". Nothing if it is not under way."""
+        """Ask the server to end a request; it ends with done_reason "cancelled". Nothing if it is not under way.
+
+        While there is no line this returns at once, and the next line stops the request.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return
-        if request.sent:
-            await self._send(await self._ready(), stop_message(request_id))
-        else:
+        if not request.sent:
             self._end(request, RequestCancelledError("stopped before it was sent", request_id=request_id))
+            return
+        request.stopped = True
+        if self.connected and request.phase is _Phase.RUNNING:
+            assert self._line is not None
+            await self._send_or_resume(self._line.result(), stop_message(request_id))
 
     def on(self, message_type: str, callback: Callback) -> None:
         """Call `callback(message)` for every message of that type that arrives after authentication.
@@ -557,26 +648,48 @@ class AsyncClient(_Requests):
         if request.id in self._requests:
             raise InvalidRequestError("the id is in use", code="DUPLICATE_ID", request_id=request.id)
         self._requests[request.id] = request
+        self._left.pop(request.id, None)
+        request.entered = time.monotonic()
         try:
             if self._line.done():
                 connection = self._line.result()
-                request.sent = True
-                await self._send(connection, request.message)
+                request.phase = _Phase.RUNNING
+                await self._send_or_resume(connection, request.message)
         except BaseException:
             self._leave(request)
             raise
 
     def _leave(self, request: _Request) -> None:
         """Forget a request that nobody awaits any more, and stop it if it has not ended."""
-        if self._requests.get(request.id) is not request:
+        if self._requests.get(request.id) is request:
+            self._abandon(request, RequestCancelledError("left before its end", request_id=request.id))
+
+    def _abandon(self, request: _Request, error: WeftlineError) -> None:
+        """End a request on this side, and have the server end it: now, or when the next line has taken it up."""
+        self._end(request, error)
+        if not request.sent:
             return
-        self._end(request, RequestCancelledError("left before its end", request_id=request.id))
-        if request.sent:
+        request.stopped = True
+        if self._resume:
+            request.message = {}  # it may be large, and will not be sent again
+            self._left[request.id] = request
+            if len(self._left) > LEFT_MAX:
+                del self._left[next(iter(self._left))]
+        if request.phase is _Phase.RUNNING:
             self._send_soon(request, stop_message(request.id))
 
     def _end(self, request: _Request, outcome: Result | EmbedResult | WeftlineError) -> None:
         self._requests.pop(request.id, None)
+        self._left.pop(request.id, None)
         request.finish(outcome)
+
+    def _all(self) -> tuple[_Request, ...]:
+        """The requests that the server may speak of, those that somebody awaits first."""
+        return (*self._requests.values(), *self._left.values())
+
+    def _find(self, request_id: str) -> _Request | None:
+        """The one of those with that id."""
+        return self._requests.get(request_id) or self._left.get(request_id)
 
     async def _call(self, kind: str) -> Message:
         """Send a message that has no id and wait for its reply."""
@@ -602,6 +715,14 @@ class AsyncClient(_Requests):
         except ConnectionClosed as error:
             raise ConnectionLostError(f"connection lost: {error}", request_id=message.get("id")) from error
 
+    async def _send_or_resume(self, connection: ClientConnection, message: Message) -> None:
+        """Send a message of a request; if the line drops under it, the next line makes good for it."""
+        try:
+            await self._send(connection, message)
+        except ConnectionLostError:
+            if not self._resume:
+                raise
+
     def _send_soon(self, request: _Request, message: Message) -> None:
         """Send a message of that request on the line there is, if there is one, without waiting."""
         if self.connected and self._group is not None:
@@ -623,7 +744,7 @@ class AsyncClient(_Requests):
         failure: WeftlineError = NotConnectedError("the client was closed")
         async with asyncio.TaskGroup() as self._group:
             try:
-                connection = await self._open()
+                connection = await self._open_any()
                 while True:
                     lost = await self._serve(connection)
                     connection = await self._reopen(lost)
@@ -633,12 +754,37 @@ class AsyncClient(_Requests):
                 assert self._line is not None
                 self._line.set_exception(failure)
                 self._line.exception()  # seen: that nobody waits for a line is no news
-                self._fail(list(self._requests.values()), failure)
+                text = failure.message
+                if not isinstance(failure, NotConnectedError):
+                    text = f"connection lost; reconnecting failed: {text}"
+                self._give_up(ConnectionLostError(text))
+                for request in list(self._requests.values()):  # never sent
+                    self._end(request, type(failure)(failure.message, request_id=request.id))
                 for task in self._callbacks_running:
                     task.cancel()
 
+    async def _open_any(self) -> ClientConnection:
+        """One try at each gateway. Raises AuthenticationError at the first refusal, or NotConnectedError."""
+        failures: list[NotConnectedError] = []
+        for _ in range(len(self._urls)):
+            try:
+                return await self._open()
+            except NotConnectedError as error:
+                failures.append(error)
+        raise NotConnectedError("; ".join(error.message for error in failures)) from failures[-1]
+
     async def _open(self) -> ClientConnection:
-        """One try at an authenticated line. Raises AuthenticationError or NotConnectedError."""
+        """One try at an authenticated line; after a failure the next gateway is the first.
+
+        Raises AuthenticationError or NotConnectedError.
+        """
+        try:
+            return await self._dial_first()
+        except NotConnectedError:
+            self._urls.rotate(-1)
+            raise
+
+    async def _dial_first(self) -> ClientConnection:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 connection = await connect(self.server_url, **self._dial)
@@ -660,7 +806,7 @@ class AsyncClient(_Requests):
     async def _authenticate(self, connection: ClientConnection) -> None:
         challenge = await _expect(connection, "challenge")
         signature = self._signer.sign(str(challenge.get("challenge")))
-        answer = authenticate_message(self.client_id, signature, self._signer.algorithm)
+        answer = authenticate_message(self.client_id, signature, self._signer.algorithm, resume=self._resume)
         await self._send(connection, answer)
         result = await _expect(connection, "auth_result")
         if not result.get("success"):
@@ -672,9 +818,11 @@ class AsyncClient(_Requests):
         if policy is None:
             raise lost
         cause: WeftlineError = lost
+        self._urls.rotate(-1)
+        tries = min((request.tries for request in self._all() if request.sent), default=0)
         try:
             async with asyncio.timeout(policy.time_max_s):
-                for attempt in range(policy.tries_max):
+                for attempt in range(tries, policy.tries_max):
                     delay_s = policy.delay_s(attempt, self._rng)
                     logger.info("reconnecting in %.2f s, try %d: %s", delay_s, attempt + 1, cause)
                     await asyncio.sleep(delay_s)
@@ -687,12 +835,13 @@ class AsyncClient(_Requests):
         raise ConnectionLostError(f"{lost.message}; reconnecting failed: {cause.message}") from cause
 
     async def _serve(self, connection: ClientConnection) -> WeftlineError:
-        """Read the line until it drops, and end what ran on it. Returns why it dropped."""
+        """Read the line until it drops, and end what cannot be resumed on another. Returns why it dropped."""
         assert self._line is not None
+        assert self._group is not None
         self._line.set_result(connection)
-        for request in self._requests.values():
-            request.sent = True
-            self._send_soon(request, request.message)
+        self._take_up()
+        mending = self._group.create_task(self._mend(connection))
+        resumable = False
         lost: WeftlineError = ConnectionLostError("the client was closed")
         try:
             while True:
@@ -703,23 +852,55 @@ class AsyncClient(_Requests):
                     await self._await_callbacks()
         except ConnectionClosed as error:
             lost = ConnectionLostError(f"connection lost: {error}")
+            resumable = self._resume
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.exception("the server sent a message that cannot be read")
             lost = ProtocolError(f"unreadable message: {error!r}")
         finally:
             self._line = asyncio.get_running_loop().create_future()
-            # Resuming would keep these, and `_serve` would send `resume` with their `last_seq` on the next line.
-            self._fail([request for request in self._requests.values() if request.sent], lost)
+            mending.cancel()
+            self._fail_calls(lost)
+            self._give_up(lost, self._tries_max if resumable else 0)
             await _hang_up(
                 connection, CloseCode.PROTOCOL_ERROR if isinstance(lost, ProtocolError) else CloseCode.NORMAL_CLOSURE
             )
         return lost
 
-    def _fail(self, requests: list[_Request], lost: WeftlineError) -> None:
-        """End requests, and the calls under way, with an error of their own."""
-        for request in requests:
-            error = type(lost)(lost.message, request_id=request.id, partial=request.text)
-            self._end(request, error)
+    def _take_up(self) -> None:
+        """Begin a line: what was sent on another is to be resumed, what waits is to be sent."""
+        self._mending = asyncio.Queue()
+        self._mend_pause_s = 0.0
+        self._draining = False
+        for request in self._all():
+            if request.sent:
+                request.phase = _Phase.RESUMING
+                request.tries += 1
+            self._mending.put_nowait(request)
+
+    async def _mend(self, connection: ClientConnection) -> None:
+        """Send for each request what its phase asks for, as fast as a gateway takes it."""
+        for number in itertools.count():
+            request = await self._mending.get()
+            if pause_s := max(self._mend_pause_s, MEND_PAUSE_S if number >= MEND_BURST else 0.0):
+                await asyncio.sleep(pause_s)
+            if self._find(request.id) is not request:
+                continue
+            if request.phase is _Phase.RESENT and request.stopped:
+                request.phase = _Phase.RESUMING_AGAIN  # there may be something to stop, but nothing is wanted any more
+            elif request.phase is _Phase.WAITING:
+                request.phase = _Phase.RUNNING
+            resuming = request.phase in (_Phase.RESUMING, _Phase.RESUMING_AGAIN)
+            message = resume_message(request.id, request.last_seq) if resuming else request.asked()
+            await self._send_or_end(connection, request, message)
+
+    def _give_up(self, lost: WeftlineError, tries: int = 0) -> None:
+        """End the requests that were sent and had that many tries or more, each with an error of its own."""
+        for request in self._all():
+            if request.sent and request.tries >= tries:
+                self._end(request, type(lost)(lost.message, request_id=request.id, partial=request.text))
+
+    def _fail_calls(self, lost: WeftlineError) -> None:
+        """End the calls under way, each with an error of its own."""
         while self._calls:
             _, reply = self._calls.popleft()
             if not reply.done():
@@ -739,19 +920,23 @@ class AsyncClient(_Requests):
         if kind == "models_result":
             self._reply("models", message)
             return None
+        if kind == "draining":
+            self._draining = self._resume
+            return None
         if kind == "pong":
             self._reply("ping", message)
             return None
-        # A request we have left may still be spoken of until the server has seen our stop.
-        request = self._requests.get(message.get("id", ""))
+        request = self._find(message.get("id", ""))
         if request is None:
             if kind == "error" and message.get("id") is None:
                 self._reply(None, error_from_message(message))
             return None
+        if request.phase is not _Phase.RUNNING and kind != "error":
+            self._taken_up(request, kind)
         match kind:
             case "stream_token":
                 request.push(message)
-                if len(request.buffer) >= self._stream_buffer:
+                if len(request.buffer) >= self._stream_buffer and request.outcome is None:
                     return request
             case "queued":
                 request.queued = Queued.from_message(message)
@@ -769,8 +954,41 @@ class AsyncClient(_Requests):
             case "embed_result":
                 self._end(request, EmbedResult.from_message(message))
             case "error":
-                self._end(request, error_from_message(message, request.text))
+                self._refused(request, error_from_message(message, request.text))
         return None
+
+    def _taken_up(self, request: _Request, kind: str) -> None:
+        """Something has come for a request that a new line was to take up."""
+        request.phase = _Phase.RUNNING
+        request.tries = 0
+        if request.stopped and kind not in ("stream_end", "embed_result"):
+            self._send_soon(request, stop_message(request.id))
+
+    def _refused(self, request: _Request, error: WeftlineError) -> None:
+        """An error has come for a request: its end or, while a line takes it up, the reason for another try."""
+        match error.code, request.phase:
+            case "NOT_FOUND", _Phase.RESUMING if request.last_seq < 0 and not request.stopped:
+                request.phase = _Phase.RESENT
+            case "NOT_FOUND", _Phase.RESUMING | _Phase.RESUMING_AGAIN:
+                kind = RequestCancelledError if request.stopped else ConnectionLostError
+                text = "the line dropped, and the server no longer has the request"
+                self._end(request, kind(text, request_id=request.id, partial=request.text))
+                return
+            case "DUPLICATE_ID", _Phase.RESENT:
+                request.phase = _Phase.RESUMING_AGAIN
+            case "RATE_LIMITED", _Phase.RESUMING | _Phase.RESENT | _Phase.RESUMING_AGAIN if (
+                request.tries < self._tries_max
+            ):
+                request.tries += 1
+                self._mend_pause_s = max(self._mend_pause_s, error.retry_after_s or MEND_PAUSE_S)
+            case "SHUTTING_DOWN", phase if self._draining and request.last_seq < 0:
+                # The server is about to close this line: the next one takes it up.
+                request.phase = _Phase.WAITING if phase is _Phase.RUNNING else _Phase.RESUMING
+                return
+            case _:
+                self._end(request, error)
+                return
+        self._mending.put_nowait(request)
 
     def _reply(self, kind: str | None, outcome: Message | WeftlineError) -> None:
         """Answer the oldest call of that kind, or of any; an error that answers none is logged."""
@@ -799,8 +1017,7 @@ class AsyncClient(_Requests):
                 request_id=request.id,
                 partial=request.text,
             )
-            self._end(request, error)
-            self._send_soon(request, stop_message(request.id))
+            self._abandon(request, error)
 
     # --- callbacks ----------------------------------------------------------------------------------------------------
 
@@ -871,7 +1088,9 @@ class ConnectionPool(_Requests):
     of a server are what is short. Arguments are those of `AsyncClient`.
     """
 
-    def __init__(self, server_url: str = "ws://localhost:3000", *, size: int = 4, **settings: Unpack[Settings]) -> None:
+    def __init__(
+        self, server_url: str | Sequence[str] = "ws://localhost:3000", *, size: int = 4, **settings: Unpack[Settings]
+    ) -> None:
         if size < 1:
             raise ValueError("a pool needs at least one client")
         self.clients = [AsyncClient(server_url, **settings) for _ in range(size)]

@@ -30,7 +30,7 @@ class OllamaClient:
     """One connection. `config` has server_url, client_id, private_key_path or private_key, signature_algorithm.
 
     `message_callbacks` maps message types to lists of callbacks. A lost line stays lost until `connect()` is called
-    again, as `connected` tells.
+    again, as `connected` tells; so nothing is resumed, and the server stops what ran on it at once.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ WeftlineError                 INTERNAL, and any unknown code
 ├── ProtocolError             PROTOCOL_ERROR: the server sent what cannot be read
 ├── SlowConsumerError         SLOW_CONSUMER: a stream's buffer stayed full
 └── NotConnectedError         NOT_CONNECTED: no connection, and none could be made (also a ConnectionError)
-    └── ConnectionLostError   CONNECTION_LOST: the line dropped under the request
+    └── ConnectionLostError   CONNECTION_LOST: the line dropped, and the request could not be resumed
 
 The last three kinds are raised on this side of the line; their codes never cross it.
 """
@@ -152,7 +152,7 @@ class BackendError(WeftlineError):
 
 
 class ResumeGapError(WeftlineError):
-    """A stream could not be resumed without a gap."""
+    """A stream could not be resumed without a gap; `partial` is what had arrived before the line dropped."""
 
     code = "RESUME_GAP"
 
@@ -176,7 +176,10 @@ class NotConnectedError(WeftlineError, ConnectionError):
 
 
 class ConnectionLostError(NotConnectedError):
-    """The line dropped while the request was running; `partial` is what had arrived."""
+    """The line dropped while the request was running, and it could not go on; `partial` is what had arrived.
+
+    No new line could be had, the server no longer had the request, or resuming was turned off.
+    """
 
     code = "CONNECTION_LOST"
 

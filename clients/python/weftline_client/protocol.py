@@ -29,7 +29,8 @@ class RequestParams(TypedDict, total=False):
     """What every request may carry. A parameter that is absent or None is not sent, and the server's default holds."""
 
     request_id: str
-    """The request's own id; a random one by default. Ids of one identity must not repeat while a request lives."""
+    """The request's own id; a random one by default. Ids of one identity must not repeat, on whichever of its lines,
+    until a minute after the request's end: by its id a request is resumed."""
     options: Mapping[str, Any] | None
     """Sampling and load options, by Ollama's names; `max_tokens` stands for `num_predict`."""
     keep_alive: str | float | None
@@ -50,6 +51,8 @@ class GenerateParams(RequestParams, total=False):
     """"json", or a JSON schema."""
     raw: bool | None
     think: bool | str | None
+    migrate: bool | None
+    """False: if the host dies in mid-stream, end with WORKER_LOST rather than let another host continue the text."""
 
 
 class ChatParams(RequestParams, total=False):
@@ -58,6 +61,7 @@ class ChatParams(RequestParams, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     format: str | Mapping[str, Any] | None
     think: bool | str | None
+    migrate: bool | None
 
 
 class EmbedParams(RequestParams, total=False):
@@ -92,9 +96,15 @@ def request_message(kind: str, request_id: str, fields: Message, params: Mapping
     return message
 
 
-def authenticate_message(client_id: str, signature: str, algorithm: str) -> Message:
-    """The answer to a challenge; `signature` is base64."""
-    return {"type": "authenticate", "clientId": client_id, "signature": signature, "algorithm": algorithm}
+def authenticate_message(client_id: str, signature: str, algorithm: str, *, resume: bool = False) -> Message:
+    """The answer to a challenge; `signature` is base64. `resume` has the server keep what runs when the line drops."""
+    answer = {"type": "authenticate", "clientId": client_id, "signature": signature, "algorithm": algorithm}
+    return answer | {"resume": True} if resume else answer
+
+
+def resume_message(request_id: str, last_seq: int) -> Message:
+    """Asks for the events after `last_seq`, -1 for all, of a request that was sent on a line that has dropped."""
+    return {"type": "resume", "id": request_id, "lastSeq": last_seq}
 
 
 def stop_message(request_id: str) -> Message:

@@ -137,7 +137,7 @@ class Client:
     Arguments, methods and errors are those of `AsyncClient`; callbacks run on the background thread.
     """
 
-    def __init__(self, server_url: str = "ws://localhost:3000", **settings: Unpack[Settings]) -> None:
+    def __init__(self, server_url: str | Sequence[str] = "ws://localhost:3000", **settings: Unpack[Settings]) -> None:
         self._client = AsyncClient(server_url, **settings)
         self._thread = LoopThread()
 

@@ -4,7 +4,7 @@ import pytest
 
 from bench.clients import Answer
 from bench.fabric import Usage
-from bench.figures import CLIENTS, PROCESSES, Figures, Run, aims, figures, quantiles, report, run_of
+from bench.figures import CLIENTS, PROCESSES, Figures, Run, Spread, Stops, aims, figures, quantiles, report, run_of
 
 
 def usage(cpu_s: float, machine_s: float = 0.0) -> Usage:
@@ -72,22 +72,29 @@ def test_cpu_is_per_token_of_all_rounds() -> None:
     assert found["lean"].tokens_per_s == (2000.0, 1000.0, 3000.0)
 
 
-@pytest.mark.parametrize(("websocket_ms", "tokens", "met"), [(1.5, 10_000, True), (2.5, 9_999, False)])
-def test_aims(websocket_ms: float, tokens: int, met: bool) -> None:
+def stops(max_ms: float) -> list[Stops]:
+    return [Stops(client, 8, 20, Spread(5.0, 1.0, ms)) for client, ms in (("lean", 900.0), ("websocket", max_ms))]
+
+
+@pytest.mark.parametrize(
+    ("websocket_ms", "tokens", "stop_ms", "met"), [(1.5, 10_000, 100.0, True), (2.5, 9_999, 100.1, False)]
+)
+def test_aims(websocket_ms: float, tokens: int, stop_ms: float, met: bool) -> None:
     paced = figures("1 at 50/s", 1, [a_round(1.0, 0.5, websocket_ms, 9.0)])
     fast = figures("16 at full speed", 16, [a_round(1.0, 0.5, 2.0, 3.0, tokens=tokens)])
-    found = aims(paced, fast)
-    assert [aim.met for aim in found] == [met, met, met]
-    assert [aim.bound for aim in found] == [1.0, 1.5, 20_000]
+    found = aims(paced, fast, stops(stop_ms))
+    assert [aim.met for aim in found] == [met] * 4
+    assert [aim.bound for aim in found] == [1.0, 1.5, 20_000, 100]
 
 
 def test_the_report_names_every_client_and_says_which_aims_are_missed() -> None:
     paced = figures("1 at 50/s", 1, [a_round(1.0, 0.5, 1.75, 9.0)])
     fast = figures("16 at full speed", 16, [a_round(1.0, 0.5, 2.0, 3.0, tokens=20_000)])
-    text = report(paced, fast)
+    text = report(paced, fast, stops(12.5))
     assert all(name in text for name in (*CLIENTS.values(), *PROCESSES))
     assert "+0.75 (+0.75 … +0.75)" in text
     assert "40,000 (40,000 … 40,000)" in text
     lines = text.splitlines()
     first_aim = next(n for n, line in enumerate(lines) if line.split()[:2] == ["aim", "figure"]) + 1
-    assert [line.split()[0] for line in lines[first_aim:]] == ["met", "met", "met"]
+    assert [line.split()[0] for line in lines[first_aim:]] == ["met"] * 4
+    assert ["fabric,", "lean", "WebSocket", "8", "20", "5.0", "12.5"] in [line.split() for line in lines]

@@ -1,6 +1,7 @@
 """The benchmark itself, in small: real processes, all clients."""
 
 import asyncio
+import signal
 from pathlib import Path
 from time import perf_counter
 
@@ -11,7 +12,8 @@ from bench import fabric
 from bench.clients import PROMPT, Answer, connections
 from bench.fabric import BenchError, Fabric, Usage
 from bench.figures import CLIENTS, SERVERS
-from bench.streams import Load, loads, measure, run
+from bench.streams import STOP_STREAMS, STOPPED, Load, loads, measure, measure_stops, run
+from tests.processes import started
 from workers.embedded.simulated import transcript
 
 
@@ -37,6 +39,12 @@ async def test_a_small_benchmark(tmp_path: Path) -> None:
         assert set(f.rss_mib) == set(SERVERS)
     assert others >= 0
     assert set(psutil.Process().children()) <= before  # every part has ended
+
+
+async def test_stops_are_measured_until_the_engine_is_idle(tmp_path: Path) -> None:
+    found = await measure_stops(tmp_path, times=2)
+    assert [(s.client, s.streams, s.n) for s in found] == [(client, STOP_STREAMS, 2) for client in STOPPED]
+    assert all(0 < s.ms.min <= s.ms.median <= s.ms.max for s in found)
 
 
 async def test_wrong_tokens_end_the_run() -> None:
@@ -65,6 +73,17 @@ async def test_a_part_that_does_not_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"(?s)engine ended at its start.*slots"):
         async with fabric.running(tmp_path, tokens_per_s=1, slots=0):
             pass
+
+
+def test_ctrl_c_ends_it_without_figures_and_without_fuss(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    with started("bench.streams", "--quick", "--json", str(figures)) as bench:
+        bench.find("round 1 of")
+        bench.signal(signal.SIGINT)
+        assert bench.wait() == 1
+        bench.find("stopped")
+        assert not any("Traceback" in line for line in bench.lines)
+    assert not figures.exists()
 
 
 @pytest.mark.parametrize("quick", [True, False])

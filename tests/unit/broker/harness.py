@@ -10,12 +10,15 @@ from broker.state import Request
 from common.errors import Code
 from common.protocol import (
     Ack,
+    Admin,
     Assign,
+    Attach,
     Beat,
     Bye,
     Cancel,
     Chunk,
     Claim,
+    Detach,
     End,
     Engine,
     Failed,
@@ -54,14 +57,22 @@ def rid_of(name: str) -> bytes:
     return name.encode().ljust(16, b".")
 
 
+def claim_of(rid: bytes, attempt: int, top: int = 0, *, ref: str = "", **more: Any) -> Claim:
+    """A worker's claim of a lease for `m:latest` on its first engine, of alice's request with this id."""
+    facts: dict[str, Any] = {"engine": "http://e1", "digest": "sha:m:latest", "client": "alice", "model": "m:latest"}
+    ref = ref or rid.rstrip(b".").decode()
+    return Claim(rid=rid, attempt=attempt, top=top, **{**facts, "ref": ref, "path": "/api/generate", **more})
+
+
 class Harness:
     """Feeds a `BrokerCore`; keeps the effects of the last event, and whatever each peer was sent since it was asked."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.now = 100.0
+    def __init__(self, *, nonce: int = NONCE, now: float = 100.0, **settings: Any) -> None:
+        self.now = now
         # Unless a test is about it, a broker that has been up for long: it knows which models there are.
         settings.setdefault("settle_s", 0.0)
-        self.core = BrokerCore(BrokerSettings(**settings), nonce=NONCE, now=self.now)
+        self.nonce = nonce
+        self.core = BrokerCore(BrokerSettings(**settings), nonce=nonce, now=self.now)
         self.effects: list[Effect] = []
         self._sent: dict[bytes, list[tuple[Any, bytes]]] = {}
         self.tick()
@@ -105,7 +116,7 @@ class Harness:
         self, name: str = "r1", *, model: str = "m:latest", body: bytes = b"{}", peer: bytes = b"g1", **more: Any
     ) -> bytes:
         rid = rid_of(name)
-        message = Submit(rid=rid, ref=name, model=model, path="/api/generate", **{"client": "alice", **more})
+        message = Submit(rid=rid, model=model, path="/api/generate", **{"client": "alice", "ref": name, **more})
         self.from_gateway(message, body, peer)
         return rid
 
@@ -114,6 +125,15 @@ class Harness:
 
     def ack(self, rid: bytes, *, peer: bytes = b"g1") -> None:
         self.from_gateway(Ack(rid=rid), peer=peer)
+
+    def detach(self, rid: bytes, *, peer: bytes = b"g1") -> None:
+        self.from_gateway(Detach(rid=rid), peer=peer)
+
+    def attach(self, ref: str, number: int = 1, *, client: str = "alice", peer: bytes = b"g2") -> None:
+        self.from_gateway(Attach(id=number, client=client, ref=ref), peer=peer)
+
+    def admin(self, action: str, target: str, *, peer: bytes = b"g1") -> None:
+        self.from_gateway(Admin(id=9, action=action, target=target), peer=peer)
 
     def replay(self, rid: bytes, attempt: int, start: int = 0, *, peer: bytes = b"g1") -> Replay:
         message = Replay(rid=rid, attempt=attempt, start=start)

@@ -1,8 +1,7 @@
 """What the broker decides, event by event. Invariants are checked by the harness after each."""
 
-from typing import Any
-
 import pytest
+from msgspec.structs import replace
 
 from broker import core
 from broker.events import Forward, Received, Send, Side
@@ -12,12 +11,12 @@ from common.errors import Code, ProtocolError
 from common.protocol import (
     Accepted,
     Assign,
-    Attach,
     Beat,
     Cancel,
-    Claim,
+    Detached,
     Error,
     Failed,
+    Forgotten,
     Gap,
     Hello,
     Leased,
@@ -27,12 +26,13 @@ from common.protocol import (
     Registered,
     Release,
     Snapshot,
+    Started,
     Superseded,
     Who,
     attempt_of,
     ordinal_of,
 )
-from tests.unit.broker.harness import NONCE, Harness, engine, rid_of
+from tests.unit.broker.harness import NONCE, Harness, claim_of, engine, rid_of
 
 
 @pytest.fixture
@@ -75,6 +75,8 @@ def test_a_request_is_accepted_leased_and_assigned_in_this_order(h: Harness) -> 
             model="m:latest",
             digest="sha:m:latest",
             path="/api/generate",
+            client="alice",
+            ref="r1",
         ),
         b'{"prompt": "hi"}',
     )
@@ -287,7 +289,9 @@ def test_a_cancel_that_crossed_the_end_gets_the_end(h: Harness) -> None:
     end = h.end(assign.rid, assign.attempt)
     h.sent(b"g1")
     h.cancel(assign.rid)
-    assert [type(message) for message in h.sent(b"g1")] == [Accepted, Leased, type(end)]
+    assert h.sent(b"g1") == [end]
+    assert h.told(Release, b"w1") == [Release(rid=assign.rid)]
+    assert h.empty
 
 
 def test_a_gateway_that_missed_everything_can_still_ask_for_it(h: Harness) -> None:
@@ -310,7 +314,7 @@ def test_another_gateway_cannot_cancel(h: Harness) -> None:
     assign = running(h)
     h.cancel(assign.rid, peer=h.gateway("g2"))
     assert h.request(assign.rid).phase is Phase.STREAMING
-    assert h.sent(b"g2") == []
+    assert h.sent(b"g2") == [Detached(rid=assign.rid)], "nothing more will come to it"
 
 
 def test_a_deadline_ends_a_request_wherever_it_is(h: Harness) -> None:
@@ -354,7 +358,7 @@ def test_deadlines_of_finished_requests_are_not_kept_for_days(h: Harness) -> Non
         h.cancel(rid)
     stays = h.submit("stays", deadline_ms=10**9)
     h.wait(2, beating=[b"g1", b"w1"])
-    assert [rid for _, rid in h.core._deadlines] == [stays]
+    assert [rid for _, rid in h.core._timers] == [stays]
 
 
 # Workers that fail ----------------------------------------------------------------------------------------------------
@@ -401,18 +405,20 @@ def test_the_buffer_of_an_attempt_that_is_tried_again_is_let_go_first(h: Harness
     ]
 
 
-@pytest.mark.parametrize("failure", [{"retryable": False}, {"retryable": True, "seq": 2}])
-def test_an_answer_or_a_failure_after_events_is_final(h: Harness, failure: dict[str, Any]) -> None:
+def test_an_engines_answer_is_final(h: Harness) -> None:
     rid = h.submit("r1")
-    failed = h.failed(rid, h.assigned().attempt, **failure)
+    failed = h.failed(rid, h.assigned().attempt, retryable=False)
     assert h.told(Failed) == [failed]
     assert h.request(rid).phase is Phase.ENDED
 
 
-def test_a_failure_in_mid_stream_is_final(h: Harness) -> None:
-    assign = running(h, events=2)
+@pytest.mark.parametrize("events", [0, 2])
+def test_a_failure_after_events_asks_the_gateway_whether_it_goes_on(h: Harness, events: int) -> None:
+    """Also if the events were lost on the way: `seq` says that there were some."""
+    assign = running(h, events=events)
     failed = h.failed(assign.rid, assign.attempt, retryable=True, seq=2)
-    assert h.sent(b"g1") == [failed]
+    assert h.sent(b"g1") == [replace(failed, resubmit=True)]
+    assert h.request(assign.rid).phase is Phase.ENDED
 
 
 def test_a_refused_assign_goes_back_to_its_place_and_the_worker_gets_a_pause(h: Harness) -> None:
@@ -456,6 +462,8 @@ def test_a_worker_dies_in_mid_stream_and_the_client_is_told(h: Harness) -> None:
     h.wait(4, beating=[b"g1", b"w2"])
     [failed] = h.told(Failed)
     assert (failed.code, failed.seq, failed.attempt) == (Code.WORKER_LOST, 5, assign.attempt)
+    assert failed.resubmit
+    h.ack(assign.rid)
     assert h.empty
 
 
@@ -466,7 +474,7 @@ def test_with_the_worker_dies_the_buffer_and_a_replay_says_so(h: Harness) -> Non
     h.sent(b"g1")
     h.replay(assign.rid, assign.attempt, 3)
     [failed] = h.sent(b"g1")
-    assert (failed.code, failed.seq) == (Code.WORKER_LOST, 3)
+    assert (failed.code, failed.seq, failed.resubmit) == (Code.WORKER_LOST, 3, True)
 
 
 def test_the_heartbeats_of_three_intervals_decide(h: Harness) -> None:
@@ -539,12 +547,16 @@ def test_whom_the_broker_does_not_know_is_asked(h: Harness) -> None:
     assert h.sent(b"g9") == [Who()]
 
 
-def test_started_after_the_end_is_not_news(h: Harness) -> None:
+def test_a_replay_after_the_end_brings_the_head_too(h: Harness) -> None:
     assign = running(h)
     h.end(assign.rid, assign.attempt)
     h.sent(b"g1")
-    h.started(assign.rid, assign.attempt)
-    assert h.sent(b"g1") == []
+    started = Started(rid=assign.rid, attempt=assign.attempt, status=200)
+    h.from_worker(started, b"the request's body")
+    assert h.payloads(b"g1") == [b"the request's body"]
+    forgotten = Forgotten(rid=assign.rid, attempt=assign.attempt, base=4)
+    h.from_worker(forgotten)
+    assert h.sent(b"g1") == [forgotten]
 
 
 def test_an_end_said_again_is_told_again_and_frees_nothing_twice(h: Harness) -> None:
@@ -559,7 +571,7 @@ def test_an_end_said_again_is_told_again_and_frees_nothing_twice(h: Harness) -> 
 
 def test_a_worker_that_comes_back_keeps_what_it_claims(h: Harness) -> None:
     assign = running(h, events=3)
-    h.worker("w1", peer=b"w1-again", claims=[Claim(rid=assign.rid, attempt=assign.attempt, top=5)])
+    h.worker("w1", peer=b"w1-again", claims=[claim_of(assign.rid, assign.attempt, 5)])
     assert h.sent(b"w1-again") == [Registered(registration=2)]
     assert h.sent(b"g1") == [Gap(rid=assign.rid, attempt=assign.attempt, top=5)]
     h.chunk(assign.rid, assign.attempt, 5, peer=b"w1-again")
@@ -583,7 +595,8 @@ def test_a_lease_a_worker_does_not_claim_is_placed_again_or_lost(h: Harness) -> 
 
 def test_what_a_worker_claims_and_the_broker_does_not_know_is_cancelled(h: Harness) -> None:
     assign = running(h)
-    stale = [Claim(rid=rid_of("unknown"), attempt=9), Claim(rid=assign.rid, attempt=assign.attempt + 1)]
+    h.wait(10, beating=[b"g1", b"w1"])
+    stale = [claim_of(rid_of("unknown"), attempt_of(1, 9)), claim_of(assign.rid, assign.attempt + 1)]
     h.worker("w1", claims=stale)
     assert [(m.rid, m.attempt) for m in h.told(Cancel, b"w1")] == [(claim.rid, claim.attempt) for claim in stale]
 
@@ -592,7 +605,7 @@ def test_an_ended_request_survives_its_workers_return(h: Harness) -> None:
     assign = running(h)
     h.end(assign.rid, assign.attempt)
     h.sent(b"g1")
-    h.worker("w1", peer=b"w1-again", claims=[Claim(rid=assign.rid, attempt=assign.attempt, top=1, ended=True)])
+    h.worker("w1", peer=b"w1-again", claims=[claim_of(assign.rid, assign.attempt, 1, ended=True)])
     assert h.sent(b"g1") == [Gap(rid=assign.rid, attempt=assign.attempt, top=1)]
     h.worker("w1", peer=b"w1-thrice")
     assert h.request(assign.rid).phase is Phase.ENDED
@@ -618,7 +631,7 @@ def test_a_peer_that_takes_another_name_leaves_the_old_one(h: Harness) -> None:
     assert h.request(rid).worker is h.core.state.workers["other"]
     h.gateway("gother", peer=b"g1")
     assert list(h.core.state.gateways_by_name) == ["gother"]
-    assert h.empty
+    assert h.request(rid).gateway is None
     h.bye(b"w1")
     h.bye(b"g1")
 
@@ -679,18 +692,6 @@ def test_a_gateway_that_comes_back_is_told_where_its_requests_are(h: Harness) ->
     assert h.effects == [Forward(peer, assign.rid, frame)]
 
 
-def test_a_resubmission_after_the_broker_restarted_starts_anew_unless_it_had_streamed() -> None:
-    h = Harness()
-    h.gateway("g1")
-    h.worker("w1")
-    h.submit("r1", attempt=attempt_of(2, 0xDEAD), waited_ms=5000)
-    assert h.assigned().attempt == attempt_of(3, NONCE)
-    assert h.query("requests").jobs[0].age_ms == 5000
-    rid = h.submit("r2", attempt=attempt_of(1, 0xDEAD), next_seq=7)
-    [failed] = h.sent(b"g1")
-    assert (failed.rid, failed.code, failed.seq) == (rid, Code.WORKER_LOST, 7)
-
-
 def test_a_gateway_that_leaves_takes_its_requests_with_it(h: Harness) -> None:
     runs = running(h, "r1")
     h.submit("r2")
@@ -699,11 +700,13 @@ def test_a_gateway_that_leaves_takes_its_requests_with_it(h: Harness) -> None:
     assert h.empty
 
 
-def test_a_gateway_that_falls_silent_lets_its_ended_requests_go(h: Harness) -> None:
+def test_the_ended_requests_of_a_gateway_that_falls_silent_outlive_it_for_a_while(h: Harness) -> None:
     assign = running(h)
     h.end(assign.rid, assign.attempt)
     h.sent(b"w1")
-    h.wait(4.1, beating=[b"w1"])
+    h.wait(4.1 + 9, beating=[b"w1"])
+    assert h.told(Release, b"w1") == []
+    h.wait(1, beating=[b"w1"])
     assert h.told(Release, b"w1") == [Release(rid=assign.rid)]
     assert h.empty
     assert not h.core.state.gateways
@@ -799,13 +802,6 @@ def test_garbage_is_answered_and_counted(h: Harness) -> None:
     assert h.sent(b"g1") == h.sent(b"w9") == [Error(code=Code.INVALID_MESSAGE, message="not a map")]
 
 
-def test_a_reserved_message_is_answered_with_unknown_type(h: Harness) -> None:
-    h.from_gateway(Attach(client="alice", ref="1"))
-    [error] = h.sent(b"g1")
-    assert (error.code, h.core.garbled) == (Code.UNKNOWN_TYPE, 1)
-    assert "'attach'" in error.message
-
-
 @pytest.mark.parametrize("peer", [b"g1", b"w1"])
 def test_a_peers_complaint_is_noted_and_not_answered(h: Harness, peer: bytes) -> None:
     side = Side.GATEWAY if peer == b"g1" else Side.WORKER
@@ -849,7 +845,7 @@ def test_the_requests_are_shown_with_their_place(h: Harness, monkeypatch: pytest
 def test_numbers_at_the_edge_of_the_wire_can_be_told_again(h: Harness) -> None:
     """What the wire admits must not become what it can't encode: the harness encodes every effect."""
     top, last = 2**53 - 1, 2**62 - 1
-    rid = h.submit("r1", attempt=last, waited_ms=top, deadline_ms=2**63)
+    rid = h.submit("r1", attempt=last, lost=True, waited_ms=top, deadline_ms=top, attachment=top)
     assign = h.assigned()
     assert ordinal_of(assign.attempt) == ordinal_of(last) + 1
     h.chunk(rid, assign.attempt, top, top)
@@ -859,3 +855,41 @@ def test_numbers_at_the_edge_of_the_wire_can_be_told_again(h: Harness) -> None:
     assert h.request(rid).events == 2 * top
     with pytest.raises(ProtocolError):
         protocol.from_worker.decode(protocol.encode(protocol.Chunk(rid=rid, attempt=1, seq=2**64 - 1, n=1)))
+
+
+# What somebody makes up -----------------------------------------------------------------------------------------------
+
+
+def test_there_is_an_end_to_the_names_that_gateways_are_told(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.state.NAMES_MAX", 3)
+    monkeypatch.setattr("broker.core.FAILURE_MODELS_MAX", 2)
+    h.gateway()
+    h.worker("w1", engine("a", "b", "c", "d"))
+    assert h.query().models == ("a", "b", "c")
+    h.sent()
+    h.submit("x", model="nobody has it")
+    [failed] = h.sent()
+    assert (failed.models, len(failed.message) <= 2000) == (("a", "b"), True)
+
+
+def test_a_failures_own_words_are_kept_up_to_a_bound(h: Harness) -> None:
+    h.gateway()
+    h.worker()
+    rid = h.submit()
+    attempt = h.core.state.requests[rid].attempt
+    h.failed(rid, attempt, payload=b"x" * (2 * core.FAILURE_BYTES_MAX), retryable=False)
+    assert len(h.core.state.requests[rid].terminal_payload) == core.FAILURE_BYTES_MAX
+
+
+@pytest.mark.parametrize("side", [Side.WORKER, Side.GATEWAY])
+def test_one_peer_too_many_is_turned_away(h: Harness, monkeypatch: pytest.MonkeyPatch, side: Side) -> None:
+    monkeypatch.setattr("broker.core.PEERS_MAX", 2)
+    come = h.worker if side is Side.WORKER else h.gateway
+    known = h.core.state.workers if side is Side.WORKER else h.core.state.gateways_by_name
+    while len(known) < 2:
+        come(f"p{len(known)}")
+    before = list(known)
+    come("too many")
+    assert list(known) == before
+    come(before[-1])  # who is known may always come back
+    assert sorted(known) == sorted(before)

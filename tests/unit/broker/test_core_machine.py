@@ -1,11 +1,13 @@
 """The promises of the broker core, kept whatever happens.
 
-Hypothesis plays gateways that lose their line, choke and come back, workers that stream, fail, refuse, die and are
-replaced, and the clock. Gateways and workers are small but honest: each follows its half of the wire's rules. After
-every event the core's invariants are checked (by the harness), and what the peers hear is held against the promises:
+Hypothesis plays gateways that lose their line, choke and come back, clients that resume, workers that stream, fail,
+refuse, die and are replaced, brokers that die and forget everything, and the clock. Gateways and workers are small but
+honest: each follows its half of the wire's rules. After every event the core's invariants are checked (by the harness),
+and what the peers hear is held against the promises:
 
-- a chunk goes only to the gateway of its request, which assembles exactly the lines of one attempt, in order;
-- the first terminal that counts stays the only one, and a terminal told again is the same;
+- a chunk goes only to the gateway of its request, and the client gets every event once, in order, each following from
+  all those before: whichever worker sends it has the same events below;
+- every request gets one terminal, and what ends with `end` is complete;
 - a worker never gets an assign beyond its slots; requests of a model are leased in the order they came;
 - at the end, when everyone is back and time has passed, every request has its terminal and nothing is kept of any.
 """
@@ -18,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from broker.core import DEADLINES_SLACK
+from broker.core import TIMERS_SLACK
 from broker.events import Effect, Forward, Overflowed, Received, Send, Side, Unreachable
 from broker.state import Phase
 from common import protocol
@@ -27,18 +29,21 @@ from common.protocol import (
     Accepted,
     Ack,
     Assign,
+    Attach,
+    Attached,
     Beat,
     Bye,
     Cancel,
     Chunk,
     Claim,
+    Detach,
+    Detached,
     End,
     Engine,
     Failed,
     Gap,
     Hello,
     Leased,
-    Lost,
     Message,
     Model,
     Refused,
@@ -60,24 +65,52 @@ MODELS = ("a:latest", "b:latest")
 URL = "http://e"
 
 
+GRACE_MS = 6000
+BODY = b"body\n"
+
+
 def line(rid: bytes, attempt: int, seq: int) -> bytes:
     """The event that this attempt has at this place: no two are alike."""
     return b"%s %d %d\n" % (rid.hex().encode(), attempt, seq)
 
 
 @dataclass
-class Call:
-    """A request as its gateway sees it."""
+class Client:
+    """Who wants a request: what it has of it, wherever its gateways are."""
 
+    rid: bytes
+    has: list[bytes] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """A request as a gateway sees it."""
+
+    client: Client
     submit: Submit
+    body: bytes
     attempt: int = 0
     lines: list[bytes] = field(default_factory=list)
-    asking: bool = False
-    """Something is missing: ask until events or the end come."""
+    wanted: int = 0
+    """What its client had when it came here: less than that is no base for a continuation."""
+    accepted: bool = False
+    lost: bool = False
+    top: int = 0
     cancelled: bool = False
-    told: list[Message] = field(default_factory=list)
+    absent_at: float | None = None
+    terminal: End | Failed | None = None
     over: End | Failed | None = None
     acked: bool = False
+
+    def take(self, seq: int, lines: list[bytes]) -> None:
+        """Events from `seq` on, some of them new."""
+        for at, event in enumerate(lines, seq):
+            for known in (self.lines, self.client.has):
+                assert at >= len(known) or known[at] == event, "two texts are mixed"
+            if at == len(self.lines):
+                self.lines.append(event)
+            if at == len(self.client.has):
+                self.client.has.append(event)
 
 
 @dataclass
@@ -86,16 +119,24 @@ class FakeGateway:
     peer: bytes = b""
     deaf: bool = False
     calls: dict[bytes, Call] = field(default_factory=dict)
+    attaches: dict[int, Client] = field(default_factory=dict)
 
 
 @dataclass
 class Work:
     """A lease as its worker sees it."""
 
-    attempt: int
-    digest: str
-    events: int = 0
+    assign: Assign
+    lines: list[bytes]
     terminal: End | Failed | None = None
+
+    @property
+    def events(self) -> int:
+        return len(self.lines)
+
+    @property
+    def attempt(self) -> int:
+        return self.assign.attempt
 
 
 @dataclass
@@ -118,12 +159,6 @@ class FakeWorker:
         return [(rid, work) for rid, work in self.leases.items() if work.terminal is None]
 
 
-GONE = (Code.WORKER_LOST, Code.RESUME_GAP, Code.CANCELLED)
-"""After a terminal whose events are missing, the words for "nobody has them any more"."""
-
-CROSSED = (*GONE, Code.QUEUE_FULL, Code.MODEL_NOT_FOUND, Code.NO_WORKERS)
-"""After a terminal that counts, the answers to what was on its way: a replay, a cancel, a submission made again."""
-
 pick = st.integers(0, 7)
 """Chooses among what there is, by its remainder."""
 
@@ -139,7 +174,7 @@ away = st.sampled_from([0.05, 0.05, 1.5, 3.5])
 class Fabric(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.h = Harness(settle_s=1.0, unserved_s=4.0, ack_s=20.0, queue_max=8)
+        self.h = self.broker(100.0, 1)
         self.gateways: dict[str, FakeGateway] = {}
         self.workers: dict[str, FakeWorker] = {}
         self.peers: dict[bytes, FakeGateway | FakeWorker] = {}
@@ -147,6 +182,11 @@ class Fabric(RuleBasedStateMachine):
         self.limbo: list[tuple[bytes, Message, bytes]] = []
         """Said on a line that is broken now: it may still arrive, late."""
         self.numbers = 0
+
+    def broker(self, now: float, nonce: int) -> Harness:
+        bounds: dict[str, Any] = {"queue_max": 8, "ended_max": 3}
+        times = {"settle_s": 1.0, "unserved_s": 4.0, "ack_s": 20.0, "recover_s": 3.0, "gateway_grace_s": 5.0}
+        return Harness(nonce=nonce, now=now, **bounds, **times)
 
     # The wire ---------------------------------------------------------------------------------------------------------
 
@@ -196,74 +236,105 @@ class Fabric(RuleBasedStateMachine):
                     self.gateway_hears(peer, effect.message, effect.payload)
                 else:
                     assert effect.side is Side.WORKER
-                    self.worker_hears(peer, effect.message)
+                    self.worker_hears(peer, effect.message, effect.payload)
 
     # Gateways ---------------------------------------------------------------------------------------------------------
 
     def gateway_hears(self, gateway: FakeGateway, message: Any, payload: bytes) -> None:
-        if isinstance(message, Who):
-            self.greet(gateway)
-            return
-        if isinstance(message, Snapshot | Beat):
-            return
-        assert message.rid in gateway.calls, f"{gateway.name} hears of a request that is not its own: {message}"
-        call = gateway.calls[message.rid]
         match message:
-            case Accepted() if call.over is not None:
+            case Who():
+                self.greet(gateway)
+                return
+            case Snapshot() | Beat():
+                return
+            case Attached():
+                self.attached_arrives(gateway, message, payload)
+                return
+        call = gateway.calls.get(message.rid)
+        if call is None or call.over is not None:
+            assert not isinstance(message, Chunk) or call is not None, f"{gateway.name} hears of another's: {message}"
+            if isinstance(message, End | Failed):
+                self.later(gateway.peer, Ack(rid=message.rid))
+            elif isinstance(message, Accepted):
                 self.later(gateway.peer, Cancel(rid=message.rid))
-            case Leased():
-                assert message.attempt >= call.attempt
-                if message.attempt > call.attempt:
-                    assert not call.lines, "an attempt follows one that had streamed"
-                    call.told, call.asking = [], False
-                call.attempt = message.attempt
-            case Lost():
-                assert not call.lines, "what had streamed cannot wait again"
-            case Chunk() if call.over is None and message.attempt == call.attempt:
+            return
+        match message:
+            case Accepted():
+                call.accepted = True
+            case Detached():
+                del gateway.calls[message.rid]
+            case Leased() if message.attempt > call.attempt or (message.attempt == call.attempt and not call.lost):
+                call.attempt, call.lost = message.attempt, False
+            case Chunk() if message.attempt == call.attempt and not call.lost:
                 self.chunk_arrives(gateway, call, message, payload)
-            case Gap() if call.over is None and message.attempt == call.attempt:
+            case Gap() if message.attempt == call.attempt:
+                call.top = max(call.top, message.top)
                 self.ask(gateway, call)
             case End() | Failed():
                 self.terminal_arrives(gateway, call, message)
 
+    def attached_arrives(self, gateway: FakeGateway, message: Attached, payload: bytes) -> None:
+        client = gateway.attaches.pop(message.id, None)
+        submit = message.submit
+        if submit is None or client is None or message.id % 7 == 0:
+            return  # the last: its client has gone on
+        gateway.calls.pop(submit.rid, None)
+        assert client.rid == submit.rid
+        body, events = payload[: submit.body_bytes], payload[submit.body_bytes :].splitlines(keepends=True)
+        assert len(events) == submit.next_seq
+        call = Call(client, submit, body, submit.attempt, wanted=len(client.has), accepted=True, lost=submit.lost)
+        call.take(0, events)
+        gateway.calls[submit.rid] = call
+        self.later(gateway.peer, *self.submission(call))
+
     def chunk_arrives(self, gateway: FakeGateway, call: Call, chunk: Chunk, payload: bytes) -> None:
         lines = payload.splitlines(keepends=True)
         assert len(lines) == chunk.n
-        assert lines == [line(chunk.rid, chunk.attempt, chunk.seq + i) for i in range(chunk.n)]
+        call.body = call.body or BODY  # a replay from the beginning brings it with `started`
+        call.top = max(call.top, chunk.seq + chunk.n)
         if chunk.seq > len(call.lines):
             self.ask(gateway, call)
             return
-        new = lines[len(call.lines) - chunk.seq :]
-        call.lines += new
-        call.asking = call.asking and not new
-        if call.told:
-            self.terminal_arrives(gateway, call, call.told[-1], again=True)
+        call.take(chunk.seq, lines)
+        if call.terminal is not None:
+            self.terminal_arrives(gateway, call, call.terminal)
 
     def ask(self, gateway: FakeGateway, call: Call) -> None:
-        if not call.cancelled:
-            call.asking = True
+        if len(call.lines) < call.top and not call.cancelled and not call.lost:
             self.later(gateway.peer, Replay(rid=call.submit.rid, attempt=call.attempt, start=len(call.lines)))
 
-    def terminal_arrives(self, gateway: FakeGateway, call: Call, message: Any, *, again: bool = False) -> None:
-        if not again:
-            if call.over is not None:
-                # What we said before we heard the first is answered too.
-                crossed = isinstance(message, Failed) and message.code in CROSSED
-                assert message == call.over or crossed, "a second, different terminal"
-                self.later(gateway.peer, Ack(rid=message.rid))
-                return
-            # Until one counts, the only other word is that its missing events are gone.
-            lost = isinstance(message, Failed) and message.code in GONE
-            assert not call.told or message == call.told[-1] or lost
-            call.told.append(message)
+    def terminal_arrives(self, gateway: FakeGateway, call: Call, message: End | Failed) -> None:
+        failed = isinstance(message, Failed)
+        again = isinstance(message, Failed) and message.resubmit
+        if message.attempt > call.attempt:
+            call.attempt, call.lost, call.terminal, call.top = message.attempt, False, None, len(call.lines)
+        if 0 < message.attempt < call.attempt or (again and call.lost):
+            return
         at_once = isinstance(message, Failed) and message.code in (Code.CANCELLED, Code.DEADLINE_EXCEEDED)
-        if at_once or call.cancelled or message.seq <= len(call.lines):
-            if isinstance(message, End):
-                assert call.cancelled or len(call.lines) == message.seq
-            if not call.acked:
-                call.over = message
-        elif call.over is None:
+        if not (at_once or call.cancelled or message.seq <= len(call.lines)):
+            call.terminal, call.top = message, max(call.top, message.seq)
             self.ask(gateway, call)
+            return
+        assert failed or call.cancelled or len(call.lines) == message.seq
+        has_body = call.body and len(call.lines) >= call.wanted
+        if again and not call.cancelled and has_body:
+            call.lost, call.terminal, call.top = True, None, len(call.lines)
+            self.later(gateway.peer, *self.submission(call))
+        else:
+            call.over = message
+
+    def submission(self, call: Call) -> tuple[Submit, bytes]:
+        absent_ms = None if call.absent_at is None else int((self.h.now - call.absent_at) * 1000)
+        submit = msgspec.structs.replace(
+            call.submit,
+            accepted=call.accepted,
+            attempt=call.attempt,
+            lost=call.lost,
+            next_seq=len(call.lines) if call.lost else max(len(call.lines), call.wanted),
+            body_bytes=len(call.body),
+            absent_ms=absent_ms,
+        )
+        return submit, b"".join([call.body, *(call.lines if call.lost else ())])
 
     def start_gateway(self, name: str) -> None:
         """One that was there has died; its successor has another name, and knows nothing of the calls."""
@@ -286,8 +357,9 @@ class Fabric(RuleBasedStateMachine):
             if call.over is None and call.cancelled:
                 self.later(gateway.peer, Cancel(rid=rid, attempt=call.attempt))
             elif call.over is None:
-                again = msgspec.structs.replace(call.submit, attempt=call.attempt, next_seq=len(call.lines))
-                self.later(gateway.peer, again, b"body")
+                self.later(gateway.peer, *self.submission(call))
+        for number, client in gateway.attaches.items():
+            self.later(gateway.peer, Attach(id=number, client="c", ref=client.rid.hex()))
 
     def listening(self) -> list[FakeGateway]:
         return [gateway for gateway in self.gateways.values() if gateway.peer in self.peers]
@@ -297,12 +369,12 @@ class Fabric(RuleBasedStateMachine):
 
     # Workers ----------------------------------------------------------------------------------------------------------
 
-    def worker_hears(self, worker: FakeWorker, message: Any) -> None:
+    def worker_hears(self, worker: FakeWorker, message: Any, payload: bytes) -> None:
         match message:
             case Registered():
                 worker.registration = message.registration
             case Assign():
-                self.assign_arrives(worker, message)
+                self.assign_arrives(worker, message, payload)
             case Cancel():
                 work = worker.leases.get(message.rid)
                 if work is not None and message.attempt in (0, work.attempt):
@@ -317,20 +389,25 @@ class Fabric(RuleBasedStateMachine):
                 self.peers.pop(worker.peer, None)
                 worker.leases.clear()
 
-    def assign_arrives(self, worker: FakeWorker, assign: Assign) -> None:
+    def assign_arrives(self, worker: FakeWorker, assign: Assign, payload: bytes) -> None:
         core = self.h.core
         waiting = [r for r in core.state.requests.values() if r.phase is Phase.QUEUED]
         request = core.state.requests.get(assign.rid)
         if request is not None and request.attempt == assign.attempt:
-            assert all(r.order > request.order for r in waiting if r.submit.model == assign.model), "out of turn"
+            place = request.accepted, request.rid
+            assert all((r.accepted, r.rid) > place for r in waiting if r.submit.model == assign.model), "out of turn"
         assert not worker.draining
         if assign.registration != worker.registration or worker.refuses:
             worker.refuses = max(0, worker.refuses - 1)
             self.later(worker.peer, Refused(rid=assign.rid, attempt=assign.attempt, reason="no"))
             return
-        assert assign.rid not in worker.leases
-        worker.leases[assign.rid] = Work(assign.attempt, assign.digest)
-        assert sum(work.digest == assign.digest for _, work in worker.running()) <= worker.slots
+        held = worker.leases.get(assign.rid)
+        assert held is None or held.attempt < assign.attempt
+        events = payload[assign.body_bytes :].splitlines(keepends=True) if assign.start else []
+        assert len(events) == assign.start
+        assert payload.startswith(BODY)
+        worker.leases[assign.rid] = Work(assign, events)
+        assert sum(work.assign.digest == assign.digest for _, work in worker.running()) <= worker.slots
 
     def replay(self, worker: FakeWorker, message: Replay) -> None:
         work = worker.leases.get(message.rid)
@@ -346,12 +423,24 @@ class Fabric(RuleBasedStateMachine):
             self.later(worker.peer, work.terminal)
 
     def chunk_of(self, rid: bytes, work: Work, start: int) -> tuple[Chunk, bytes]:
-        payload = b"".join(line(rid, work.attempt, seq) for seq in range(start, work.events))
+        payload = b"".join(work.lines[start:])
         return Chunk(rid=rid, attempt=work.attempt, seq=start, n=work.events - start), payload
 
     def registration(self, worker: FakeWorker) -> Register:
         claims = (
-            Claim(rid=rid, attempt=work.attempt, top=work.events, ended=work.terminal is not None)
+            Claim(
+                rid=rid,
+                attempt=work.attempt,
+                engine=work.assign.engine,
+                digest=work.assign.digest,
+                client=work.assign.client,
+                ref=work.assign.ref,
+                model=work.assign.model,
+                path=work.assign.path,
+                grace_ms=work.assign.grace_ms,
+                top=work.events,
+                ended=work.terminal is not None,
+            )
             for rid, work in worker.leases.items()
         )
         return Register(
@@ -375,7 +464,7 @@ class Fabric(RuleBasedStateMachine):
 
     def stream(self, worker: FakeWorker, rid: bytes, work: Work, n: int) -> None:
         start = work.events
-        work.events += n
+        work.lines += [line(rid, work.attempt, seq) for seq in range(start, start + n)]
         self.say(worker.peer, *self.chunk_of(rid, work, start))
 
     def end(self, worker: FakeWorker, rid: bytes, work: Work) -> None:
@@ -403,17 +492,25 @@ class Fabric(RuleBasedStateMachine):
         model=st.sampled_from([*MODELS, *MODELS, *MODELS, "nowhere:latest"]),
         deadline_ms=st.sampled_from([None, None, None, None, 300, 4000]),
         times=st.integers(1, 4),
+        grace_ms=st.sampled_from([0, GRACE_MS]),
     )
-    def submit(self, which: int, model: str, deadline_ms: int | None, times: int) -> None:
+    def submit(self, which: int, model: str, deadline_ms: int | None, times: int, grace_ms: int) -> None:
         gateway = chosen(self.listening(), which)
         for _ in range(times):
             number = self.number()
             rid = number.to_bytes(16, "big")
             submit = Submit(
-                rid=rid, client="c", ref=str(number), model=model, path="/api/chat", deadline_ms=deadline_ms
+                rid=rid,
+                client="c",
+                ref=rid.hex(),
+                model=model,
+                path="/api/chat",
+                deadline_ms=deadline_ms,
+                grace_ms=grace_ms,
             )
-            gateway.calls[rid] = Call(submit)
-            self.say(gateway.peer, submit, b"body")
+            call = Call(Client(rid), submit, BODY)
+            gateway.calls[rid] = call
+            self.say(gateway.peer, *self.submission(call))
 
     @precondition(lambda self: self.busy())
     @rule(n=st.integers(1, 4))
@@ -455,7 +552,7 @@ class Fabric(RuleBasedStateMachine):
     @rule()
     def acknowledge(self) -> None:
         for gateway in self.listening():
-            for rid, call in gateway.calls.items():
+            for rid, call in list(gateway.calls.items()):
                 if call.over is not None and not call.acked:
                     call.acked = True
                     self.say(gateway.peer, Ack(rid=rid))
@@ -471,12 +568,55 @@ class Fabric(RuleBasedStateMachine):
                 for peer in list(self.peers):
                     self.say(peer, Beat())
                 for gateway, call in self.calls():
-                    if call.asking:
-                        self.ask(gateway, call)
+                    self.ask(gateway, call)
             self.carry_out(self.h.tick())
             self.settle()
 
+    def resumable(self) -> list[tuple[FakeGateway, Call]]:
+        calls = [(gateway, call) for gateway in self.gateways.values() for call in gateway.calls.values()]
+        return [(gateway, call) for gateway, call in calls if call.submit.grace_ms and not call.cancelled]
+
+    @precondition(lambda self: any(call.over is None for _, call in self.resumable()))
+    @rule(which=pick)
+    def clients_line_breaks(self, which: int) -> None:
+        gateway, call = chosen([(g, c) for g, c in self.resumable() if c.over is None], which)
+        if call.absent_at is None:
+            call.absent_at = self.h.now
+            self.say(gateway.peer, Detach(rid=call.submit.rid))
+
+    @precondition(lambda self: self.resumable() and self.listening())
+    @rule(which=pick, where=pick)
+    def client_comes_back(self, which: int, where: int) -> None:
+        """Perhaps before its gateway knows that it had gone, perhaps after the end, perhaps of a gateway that died."""
+        _, call = chosen(self.resumable(), which)
+        gateway, number = chosen(self.listening(), where), self.number()
+        gateway.attaches[number] = call.client
+        self.say(gateway.peer, Attach(id=number, client="c", ref=call.submit.ref))
+
     # Rules: what should not -------------------------------------------------------------------------------------------
+
+    @rule(order=st.permutations(["g1", "g2", "w1", "w2"]), notice=st.integers(0, 4), seconds=away)
+    def broker_dies(self, order: list[str], notice: int, seconds: float) -> None:
+        """Another takes its place and knows nothing; its peers notice in any order, some only with their next beat."""
+        self.h = self.broker(self.h.now, self.number())
+        for name in order[:notice]:
+            peer: FakeGateway | FakeWorker = self.gateways.get(name) or self.workers[name]
+            if self.peers.get(peer.peer) is peer:
+                self.say(peer.peer, Beat())
+        self.time_passes(seconds)
+
+    @precondition(lambda self: self.resumable())
+    @rule(which=pick, where=pick, seconds=away, restart=st.booleans())
+    def gateway_dies_and_its_client_goes_elsewhere(self, which: int, where: int, seconds: float, restart: bool) -> None:
+        gateway, call = chosen(self.resumable(), which)
+        self.start_gateway(next(name for name, other in self.gateways.items() if other is gateway))
+        if restart:
+            self.h = self.broker(self.h.now, self.number())
+        self.time_passes(seconds)
+        if self.listening():
+            other, number = chosen(self.listening(), where), self.number()
+            other.attaches[number] = call.client
+            self.say(other.peer, Attach(id=number, client="c", ref=call.submit.ref))
 
     @rule(which=pick, trouble=st.sampled_from(["line", "line", "choke", "choke", "bye", "death"]))
     def gateway_trouble(self, which: int, trouble: str) -> None:
@@ -593,7 +733,7 @@ class Fabric(RuleBasedStateMachine):
         for _, call in self.calls():
             assert call.over is not None, f"no terminal: {call}"
         assert self.h.empty, self.h.core.state.requests
-        assert len(self.h.core._deadlines) <= DEADLINES_SLACK
+        assert len(self.h.core._timers) <= TIMERS_SLACK
         assert not any(worker.leases for worker in self.online()), "a worker keeps what nobody will ask for"
 
 

@@ -16,7 +16,7 @@ def h() -> Harness:
     harness.gateway("g1")
     harness.worker("w1")
     for name in ("r1", "r2", "r3"):
-        harness.submit(name)
+        harness.submit(name, grace_ms=1000 if name == "r3" else 0)
     assign = harness.assigned()
     harness.chunk(assign.rid, assign.attempt)
     return harness
@@ -81,7 +81,7 @@ def _miscount_bytes(state: State, queue: list[Request]) -> None:
 
 
 def _disown(state: State, queue: list[Request]) -> None:
-    queue[0].gateway.rids.discard(queue[0].rid)
+    state.gateways_by_name["g1"].rids.discard(queue[0].rid)
 
 
 def _lose_gateway(state: State, queue: list[Request]) -> None:
@@ -94,6 +94,31 @@ def _lose_worker(state: State, queue: list[Request]) -> None:
 
 def _give_worker(state: State, queue: list[Request]) -> None:
     queue[0].worker = state.workers["w1"]
+
+
+def _give_worker_with_rid(state: State, queue: list[Request]) -> None:
+    queue[0].worker = state.workers["w1"]
+    queue[0].worker.rids.add(queue[0].rid)
+
+
+def _leave_attempt(state: State, queue: list[Request]) -> None:
+    queue[0].attempt = 7
+
+
+def _rename_holder(state: State, queue: list[Request]) -> None:
+    queue[0].holder = "g9"
+
+
+def _abandon(state: State, queue: list[Request]) -> None:
+    state.hand_over(queue[0], None)
+
+
+def _lose_ref(state: State, queue: list[Request]) -> None:
+    state.refs["alice", "r3"] = queue[0]
+
+
+def _foreign_ref(state: State, queue: list[Request]) -> None:
+    state.refs["alice", "gone"] = queue[0]
 
 
 def _forget_terminal(state: State, queue: list[Request]) -> None:
@@ -143,8 +168,14 @@ def _hold_foreign(state: State, queue: list[Request]) -> None:
         (_disown, "not among its gateway's"),
         (_lose_gateway, "dead gateway"),
         (_lose_worker, "dead worker"),
-        (_give_worker, "waits and has a worker"),
-        (_forget_terminal, "without a terminal"),
+        (_give_worker, "not among its worker's"),
+        (_give_worker_with_rid, "waits and has a worker"),
+        (_forget_terminal, "and its terminal"),
+        (_leave_attempt, "waits and has an attempt"),
+        (_rename_holder, "another holder"),
+        (_abandon, "nobody's, and for ever"),
+        (_lose_ref, "cannot be resumed"),
+        (_foreign_ref, "that are gone can be resumed"),
         (_foreign_gateway_rid, "g1 holds a foreign request"),
         (_second_gateway_peer, "gateway is known by two"),
         (_second_worker_peer, "worker is known by two"),

@@ -167,6 +167,65 @@ def test_no_gateway_is_unreachable(config: Path, capsys: Capture) -> None:
     assert "the gateway can't be reached: ws://127.0.0.1:1" in capsys.readouterr().err
 
 
+def test_a_client_revoked_in_an_answer_is_refused_not_unreachable(
+    config: Path, gateway: FakeGateway, capsys: Capture
+) -> None:
+    async def script(line: Line, message: dict[str, Any]) -> None:
+        await line.token(message["id"], "half", 0)
+        gateway.clients.clear()
+        await line.socket.close(1008, "this client was revoked")
+
+    gateway.scripts["chat"] = script
+    assert main(["chat", "--key", str(config), "Hello"]) == 77
+    shown = capsys.readouterr()
+    assert shown.out == "half\n"
+    assert "the gateway refuses this client's key" in shown.err
+    assert "can't be reached" not in shown.err
+
+
+def test_an_answer_that_is_lost_though_the_gateway_is_there(
+    config: Path, gateway: FakeGateway, capsys: Capture
+) -> None:
+    async def script(line: Line, message: dict[str, Any]) -> None:
+        await line.token(message["id"], "half", 0)
+        line.drop()
+
+    gateway.scripts["chat"] = script
+    assert main(["chat", "--key", str(config), "Hello"]) == 69
+    assert "the server no longer has the request" in capsys.readouterr().err
+
+
+def test_no_host_and_no_broker_are_unreachable(config: Path, gateway: FakeGateway, capsys: Capture) -> None:
+    async def script(line: Line, message: dict[str, Any]) -> None:
+        await line.send("error", id=message["id"], error="the broker does not answer", code="NO_WORKERS")
+
+    gateway.scripts["chat"] = script
+    assert main(["chat", "--key", str(config), "Hello"]) == 69
+    assert "the broker does not answer (NO_WORKERS). See what `weftline doctor` says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "meant"), [("127.0.0.1:3000", "ws://127.0.0.1:3000"), ("http://h", "ws://h")])
+def test_a_url_that_is_none_is_a_usage_error(given: str, meant: str, config: Path, capsys: Capture) -> None:
+    assert main(["models", "--key", str(config), "--url", given]) == 2
+    assert f"{given!r} is not the URL of a gateway; it must read like {meant}\n" in capsys.readouterr().err
+
+
+def test_the_key_is_found_beside_its_config_after_both_were_moved(config: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in (config, tmp_path / "me_key.pem"):
+        path.rename(moved / path.name)
+    assert main(["models", "--key", str(moved / config.name)]) == 0
+
+
+def test_the_key_where_the_config_says_goes_before_one_beside_it(config: Path, tmp_path: Path, capsys: Capture) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / config.name).write_bytes(config.read_bytes())
+    (other / "me_key.pem").write_text("another's")
+    assert main(["models", "--key", str(other / config.name)]) == 0
+
+
 def test_a_bad_option_is_a_usage_error(config: Path, capsys: Capture) -> None:
     assert main(["chat", "--key", str(config), "--option", "temperature", "Hello"]) == 2
     assert "--option must read KEY=VALUE" in capsys.readouterr().err
@@ -189,7 +248,7 @@ def test_no_models(config: Path, gateway: FakeGateway, capsys: Capture) -> None:
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "No model can be served" in shown.err
-    assert main(["chat", "--key", str(config), "Hello"]) == 1
+    assert main(["chat", "--key", str(config), "Hello"]) == 69
     assert "no model can be served now" in capsys.readouterr().err
 
 
@@ -266,8 +325,11 @@ def test_a_question_that_fails_is_told_and_forgotten(
 def test_a_lost_line_is_opened_again(
     config: Path, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
+    """The first answer can't be resumed: the gateway, made anew, has forgotten it."""
+
     async def script(line: Line, message: dict[str, Any]) -> None:
         gateway.scripts["chat"] = echo
+        await line.token(message["id"], "half", 0)
         line.drop()
 
     gateway.scripts["chat"] = script
@@ -275,7 +337,7 @@ def test_a_lost_line_is_opened_again(
     assert main(["chat", "--key", str(config)]) == 0
     shown = capsys.readouterr()
     assert "connecting again" in shown.err
-    assert shown.out == "found\n"
+    assert shown.out == "half\nfound\n"
 
 
 def test_a_line_that_comes_back_to_a_stranger_ends_it(

@@ -171,7 +171,8 @@ async def test_an_engine_is_measured(slots: int, words: str) -> None:
     ("measured", "slots", "status", "words"),
     [
         (1, 3, Status.WARN, "Run its worker with slots=1"),
-        (2, 1, Status.WARN, "URL,slots=2"),
+        (2, 1, Status.WARN, "It could serve more: run its worker with --ollama URL,slots=2"),
+        (4, 1, Status.WARN, "at least 4 at a time with llama2; slots=1 is set It could serve more"),
         (2, None, Status.OK, "slots=2 is right for it"),
         (4, None, Status.OK, "slots=4 is safe"),
         (4, 8, Status.OK, "at least 4 at a time"),
@@ -207,11 +208,11 @@ def no_broker(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--broker", "tcp://127.0.0.1:1"]
 
 
-def test_nothing_reachable_is_69_and_everything_has_a_remedy(
+def test_nothing_reachable_fails_and_everything_has_a_remedy(
     no_broker: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*no_broker, "--url", "ws://127.0.0.1:1", "--ollama", "127.0.0.1:1", "--json"]
-    assert main(["doctor", *arguments]) == 69
+    assert main(["doctor", *arguments]) == 1
     checks = json.loads(capsys.readouterr().out)
     failed = {check["part"]: check for check in checks if check["status"] == "fail"}
     assert failed.keys() == {"broker", "gateway", "login", "engine"}
@@ -224,7 +225,7 @@ def test_what_answers_may_be_no_gateway(
     no_broker: list[str], config: Path, gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """This one speaks WebSocket only: no /livez, so not a gateway of ours."""
-    assert main(["doctor", *no_broker, "--key", str(config), "--ollama", "127.0.0.1:1"]) == 69
+    assert main(["doctor", *no_broker, "--key", str(config), "--ollama", "127.0.0.1:1"]) == 1
     shown = capsys.readouterr().out
     assert f"what answers at {gateway.url} is not a gateway" in shown
     assert "generation" not in shown
@@ -239,6 +240,17 @@ def test_engines_on_other_machines_are_not_held_against_this_one(
     shown = capsys.readouterr().out
     assert "1 could not be reached from here: http://127.0.0.1:1" in shown
     assert "no engine answers" not in shown
+
+
+@pytest.mark.parametrize(("expected", "status"), [(False, Status.OK), (True, Status.FAIL)])
+async def test_a_machine_without_ollama_is_held_against_nobody_who_expects_none(
+    expected: bool, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.settings.OLLAMA_PORT", 1)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/ollama" if expected else None)
+    (check,) = [check async for check in doctor.engine_checks(ClientSettings(), Snapshot())]
+    assert check.status is status
+    assert "http://127.0.0.1:1" in check.finding
 
 
 def test_a_wrong_engine_address_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

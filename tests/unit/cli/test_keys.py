@@ -3,7 +3,9 @@
 import base64
 import contextlib
 import json
+import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from typer.testing import CliRunner, Result
 
-from cli.keys import KeyFiles, app, create_key_files, ensure_client, websocket_url
+from cli.keys import KeyFiles, app, create_key_files, ensure_client
+from cli.settings import websocket_url
+from common.config import default_data_dir
 from common.errors import ProcessError, UsageError
 from gateway.auth import verify
 from gateway.store import Client, Store, StoreError
@@ -64,10 +68,14 @@ def test_a_created_client_can_authenticate(options: tuple[str, ...], algorithm: 
     assert client.key.pem == files.public.read_text()
 
 
+@pytest.mark.parametrize("given", ["ws://h:1/ws", "wss://h", "ws://[::1]:3000"])
+def test_a_gateways_url(given: str) -> None:
+    assert websocket_url(given) == given
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("ws://h:1/ws", "ws://h:1/ws"),
         ("http://h:3000", "ws://h:3000"),
         ("https://h", "wss://h"),
         ("WSS://h", "wss://h"),
@@ -75,13 +83,14 @@ def test_a_created_client_can_authenticate(options: tuple[str, ...], algorithm: 
         ("[::1]:3000", "ws://[::1]:3000"),
     ],
 )
-def test_urls_become_websocket_urls(given: str, meant: str) -> None:
-    assert websocket_url(given) == meant
+def test_for_another_url_the_right_one_is_named(given: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"must read like {re.escape(meant)}$"):
+        websocket_url(given)
 
 
 @pytest.mark.parametrize("given", ["", "ws://", "ftp://h", "ws://h:99999", "ws://[::1", "http:///x"])
 def test_other_urls_are_refused(given: str) -> None:
-    with pytest.raises(UsageError, match="not the URL of a gateway"):
+    with pytest.raises(UsageError, match=r"not the URL of a gateway; it must read like ws://HOST:PORT$"):
         websocket_url(given)
 
 
@@ -158,6 +167,7 @@ def test_a_weak_key_is_not_imported(tmp_path: Path) -> None:
 def test_clients_are_listed_and_revoked() -> None:
     assert "keys create NAME" in keys("list").stdout
     assert json.loads(keys("list", "--json").stdout) == []
+    assert not default_data_dir().exists(), "looking makes nothing"
     for name in ("bob", "alice"):
         assert keys("create", name, "--algorithm", "ed25519").exit_code == 0
     result = keys("revoke", "bob")
@@ -177,16 +187,28 @@ def test_clients_are_listed_and_revoked() -> None:
 
 
 def test_revoking_nobody_fails() -> None:
+    assert keys("create", "somebody", "--algorithm", "ed25519").exit_code == 0
     result = keys("revoke", "nobody")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "there is no client 'nobody'" in result.stderr
 
 
-def test_a_data_dir_that_can_not_be_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("revoke", "ann")])
+def test_a_mistyped_data_dir_is_told_and_not_made(arguments: Sequence[str], tmp_path: Path) -> None:
+    typo = tmp_path / "dtaa"
+    result = keys(*arguments, "--data-dir", typo)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"there is no client registry in {typo}" in result.stderr
+    assert not typo.exists()
+
+
+def test_a_data_dir_that_can_not_be_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = keys("list", "--data-dir", tmp_path / "file")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "--data-dir" in result.stderr
+    for folder in ("file", "file/below"):
+        result = keys("create", "ann", "--out", tmp_path / "keys", "--data-dir", tmp_path / folder)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"cannot write to the data dir {tmp_path / folder}" in result.stderr
+    assert not (tmp_path / "keys").exists()
 
 
 def test_an_ensured_client_is_made_once_and_follows_the_url(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A scriptable gateway for tests of clients: it checks signatures for real, records all it got, says what it is told.
 
 By default it answers like a gateway in front of an echo model: `generate` and `chat` stream the words of the prompt,
-repeated up to `options.max_tokens` if that is given. A test replaces what a message type does through `scripts`.
+repeated up to `options.max_tokens` if that is given. It keeps nothing when a line drops. A test replaces what a message
+type does through `scripts`, and what happens before the challenge through `opening`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class FakeGateway:
             "models": lambda line, _: line.send("models_result", models=MODELS),
             "ping": lambda line, _: line.send("pong"),
             "stop": _stop,
+            "resume": _forgotten,
         }
+        self.opening: Callable[[Line], Awaitable[None]] = _at_once
         self.url = ""
         self._news = asyncio.Condition()
 
@@ -124,6 +127,7 @@ class FakeGateway:
         line = Line(socket)
         self.lines.append(line)
         with contextlib.suppress(ConnectionClosed):
+            await self.opening(line)
             if not await self._authenticate(line):
                 return
             async with asyncio.TaskGroup() as group:
@@ -174,6 +178,14 @@ def _verified(key: RSAPublicKey | Ed25519PublicKey, answer: Message, challenge: 
 def _decode(frame: str | bytes) -> Message:
     message: Message = json.loads(frame) if isinstance(frame, str) else msgpack.unpackb(frame)
     return message
+
+
+async def _at_once(_: Line) -> None:
+    """A new line is challenged without delay."""
+
+
+async def _forgotten(line: Line, message: Message) -> None:
+    await line.send("error", id=message["id"], error="no such request", code="NOT_FOUND")
 
 
 async def _stop(line: Line, message: Message) -> None:

@@ -415,7 +415,9 @@ async def test_without_a_line(settings: Message, unused_tcp_port: int) -> None:
     assert client.active == 0
 
 
-async def test_a_line_that_drops_fails_what_runs_and_the_next_waits(gateway: FakeGateway, settings: Message) -> None:
+async def test_without_resuming_a_line_that_drops_fails_what_runs_and_the_next_waits(
+    gateway: FakeGateway, settings: Message
+) -> None:
     async def cut(line: Line, message: Message) -> None:
         await line.token(message["id"], "half", 0)
         await line.stopped("cut").wait()
@@ -423,7 +425,7 @@ async def test_a_line_that_drops_fails_what_runs_and_the_next_waits(gateway: Fak
 
     whole = gateway.scripts["generate"]
     gateway.scripts["generate"] = cut
-    async with AsyncClient(**settings, reconnect=AT_ONCE) as client:
+    async with AsyncClient(**settings, reconnect=AT_ONCE, resume=False) as client:
         stream = client.generate("x", stream=True)
         awaited = asyncio.create_task(client.generate("y"))
         tokens = aiter(stream)
@@ -438,6 +440,7 @@ async def test_a_line_that_drops_fails_what_runs_and_the_next_waits(gateway: Fak
             await awaited
         assert (await client.generate("after")).text == "after"
     assert len(gateway.lines) == 2
+    assert not any("resume" in line.authenticated for line in gateway.lines)
 
 
 async def test_calls_fail_with_the_line(gateway: FakeGateway, settings: Message) -> None:

@@ -13,9 +13,11 @@ from weftline_client import (
     EmbedResult,
     InvalidRequestError,
     ModelNotFoundError,
+    NotFoundError,
     Queued,
     QueueFullError,
     Result,
+    ResumeGapError,
     Timings,
     Token,
     WorkerLostError,
@@ -26,6 +28,7 @@ from weftline_client.protocol import (
     decode,
     encode,
     request_message,
+    resume_message,
     stop_message,
 )
 
@@ -55,6 +58,9 @@ def request(kind: str, *fields: str, **params: Any) -> Callable[[Message], Messa
 PRODUCED: dict[str, Callable[[Message], Message]] = {
     "authenticate": lambda golden: authenticate_message("my-client", golden["signature"], "SHA256"),
     "authenticate with Ed25519": lambda golden: authenticate_message("my-client", golden["signature"], "Ed25519"),
+    "authenticate to resume": lambda golden: authenticate_message(
+        "my-client", golden["signature"], "SHA256", resume=True
+    ),
     "generate as the guides do": request(
         "generate", "model", "prompt", options={"temperature": 0.5, "max_tokens": 200}, system=None
     ),
@@ -86,6 +92,8 @@ PRODUCED: dict[str, Callable[[Message], Message]] = {
         priority="normal",
         deadline_ms=60_000,
     ),
+    "generate on one host only": request("generate", "model", "prompt", migrate=False),
+    "chat on one host only": request("chat", "model", "messages", migrate=False),
     "embed one text": request("embed", "model", "input"),
     "embed several texts": request(
         "embed",
@@ -101,8 +109,10 @@ PRODUCED: dict[str, Callable[[Message], Message]] = {
     "stop": lambda golden: stop_message(golden["id"]),
     "models": lambda _: {"type": "models"},
     "ping": lambda _: {"type": "ping"},
+    "resume": lambda golden: resume_message(golden["id"], golden["lastSeq"]),
+    "resume from the start": lambda golden: resume_message(golden["id"], -1),
 }
-OF_OTHERS = {"authenticate as the guides do", "resume"}
+OF_OTHERS = {"authenticate as the guides do"}
 
 
 def test_every_client_message_is_produced_or_another_clients() -> None:
@@ -239,6 +249,22 @@ PARSED: dict[str, object] = {
         1.5,
         (),
     ),
+    "error, nothing to resume": (
+        NotFoundError,
+        "no such request (code: NOT_FOUND)",
+        STREAM,
+        "partial",
+        None,
+        (),
+    ),
+    "error, a gap": (
+        ResumeGapError,
+        "the events after 41 are no longer kept (code: RESUME_GAP)",
+        STREAM,
+        "partial",
+        None,
+        (),
+    ),
     "error of no request": (
         InvalidRequestError,
         "there is no message type 'generte' (code: UNKNOWN_TYPE)",
@@ -256,6 +282,7 @@ IN_A_CONNECTION = {
     "stream_start",
     "models_result",
     "pong",
+    "draining",
 }
 
 
@@ -271,6 +298,7 @@ def test_server_message_is_parsed(name: str) -> None:
 async def test_golden_opening_and_replies(gateway: FakeGateway, settings: Message, pem: str) -> None:
     async def golden(line: Line, message: Message) -> None:
         reply = {"models": "models_result", "ping": "pong", "generate": "stream_start"}[message["type"]]
+        await line.socket.send(json.dumps(BY_NAME["draining"]))  # its close says the same
         await line.socket.send(json.dumps(BY_NAME[reply]))
         if message["type"] == "generate":
             await line.socket.send(json.dumps(BY_NAME["stream_end"]))

@@ -1,5 +1,9 @@
 """A command is a function: its errors become a sentence on stderr and an exit status."""
 
+import resource
+import subprocess
+import sys
+
 import pytest
 
 from common.command import run_command
@@ -38,3 +42,16 @@ def test_usage_is_status_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[
 def test_help_is_status_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     assert "Bake." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hard", [300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]])
+def test_as_many_files_as_the_hard_limit_allows(hard: int) -> None:
+    program = (
+        f"import resource\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (200, {hard}))\n"
+        f"from common.command import raise_file_limit\n"
+        f"raise_file_limit()\n"
+        f"print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(hard)] * 2

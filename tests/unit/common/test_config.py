@@ -1,12 +1,23 @@
 """Settings: which source wins, and how every mistake is named."""
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from common import config
-from common.config import Settings, host_port, refuse_exposed, writable_dir
+from common.config import (
+    Amount,
+    PositiveSeconds,
+    Seconds,
+    Settings,
+    host_port,
+    refuse_exposed,
+    refuse_unbindable,
+    tcp_addresses,
+    writable_dir,
+)
 from common.errors import UsageError
 
 
@@ -19,6 +30,9 @@ class Oven(Settings, frozen=True):
     trays: tuple[str, ...] = ("middle",)
     timers_s: tuple[int, ...] | None = None
     label: str | None = None
+    racks: Amount = 1
+    bake_s: PositiveSeconds = 1.0
+    rest_s: Seconds = 0.0
 
 
 def load(
@@ -87,10 +101,12 @@ def test_another_sections_environment_means_nothing() -> None:
     ("text", "sentence"),
     [
         ("[oven]\ndegree = 1\n", r"\[oven\] has no setting 'degree'; did you mean 'degrees'\?"),
-        ("[oven]\nxyzzy = 1\n", r"no setting 'xyzzy'; there are: degrees, fan, label, log_format"),
+        ("[oven]\nxyzzy = 1\n", r"no setting 'xyzzy'; there are: bake_s, degrees, fan, label, log_format"),
         ("[ovne]\ndegrees = 1\n", r"no section \[ovne\]; did you mean 'oven'\?"),
         ("[brokers]\n", r"no section \[brokers\]; did you mean 'broker'\?"),
-        ("degrees = 1\n", r"no section \[degrees\]"),
+        ("degrees = 1\n", r"'degrees' stands outside of all sections; write it below \[oven\]"),
+        ("queue_max = 1\n", r"'queue_max' stands outside of all sections; write it below its section: \[broker\]"),
+        ("broker = 1\n", r"\[broker\] must be a table"),
         ("oven = 1\n", r"\[oven\] must be a table"),
         ("[oven]\ndegrees = 'hot'\n", r"'degrees' of \[oven\] is wrong: Expected `int`"),
         ("[oven]\ntrays = [1]\n", r"'trays' of \[oven\] is wrong: Expected `str`, got `int` - at `\$\[0\]`"),
@@ -123,8 +139,39 @@ def test_a_mistake_in_the_environment_is_named() -> None:
         Oven.load(environment={"WEFTLINE_OVEN_DEGREES": "hot"})
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("DEGRES", "1", "there is no setting WEFTLINE_OVEN_DEGRES; did you mean 'WEFTLINE_OVEN_DEGREES'?"),
+        ("degrees", "1", "there is no setting WEFTLINE_OVEN_degrees"),
+        ("XYZZY", "1", "there is no setting WEFTLINE_OVEN_XYZZY; there are: WEFTLINE_OVEN_BAKE_S, WEFTLINE_OVEN_"),
+        ("PORT", "80", "there is no setting WEFTLINE_OVEN_PORT"),
+        ("RACKS", "0", "WEFTLINE_OVEN_RACKS is wrong: Expected `int` >= 1"),
+        ("BAKE_S", "0", "WEFTLINE_OVEN_BAKE_S is wrong: Expected `float` > 0"),
+        ("BAKE_S", "nan", "WEFTLINE_OVEN_BAKE_S is wrong"),
+        ("REST_S", "-1", "WEFTLINE_OVEN_REST_S is wrong: Expected `float` >= 0"),
+        ("REST_S", "nan", "WEFTLINE_OVEN_REST_S is wrong"),
+        ("REST_S", "inf", "WEFTLINE_OVEN_REST_S is wrong: Expected `float` <= 31536000"),
+    ],
+)
+def test_a_variable_that_is_none_or_out_of_bounds_is_named(name: str, text: str, named: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(named)):
+        Oven.load(environment={f"WEFTLINE_OVEN_{name}": text})
+
+
+def test_what_kubernetes_tells_of_a_service_is_no_mistake() -> None:
+    injected = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.0.0.1:80",
+        "PORT_80_TCP": "tcp://10.0.0.1:80",
+        "PORT_80_TCP_PROTO": "tcp",
+    }
+    assert Oven.load(environment={f"WEFTLINE_OVEN_{name}": text for name, text in injected.items()}) == Oven()
+
+
 def test_a_mistake_in_a_flag_is_named() -> None:
-    with pytest.raises(UsageError, match=r"setting of \[oven\] is wrong: .*\$\.log_level"):
+    with pytest.raises(UsageError, match=r"--log-level is wrong: Invalid enum value 'loud'"):
         Oven.load({"log_level": "loud"}, environment={})
 
 
@@ -170,10 +217,59 @@ def test_host_and_port(text: str, pair: tuple[str, int]) -> None:
     assert host_port(text, "--listen") == pair
 
 
-@pytest.mark.parametrize("text", ["", "host", "host:", ":80", "host:x", "host:65536", "host:-1", "host:²", "host:80/x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host",
+        "host:",
+        ":80",
+        "host:x",
+        "host:65536",
+        "host:-1",
+        "host:²",
+        "host:80/x",
+        ":" * 9,
+        "h:" + "1" * 5000,
+        "a b:80",
+    ],
+)
 def test_what_is_no_host_and_port_names_the_setting(text: str) -> None:
     with pytest.raises(UsageError, match="--listen must read HOST:PORT"):
         host_port(text, "--listen")
+
+
+def test_addresses_to_dial_are_completed() -> None:
+    assert tcp_addresses("h:1, tcp://[::1]:2,tcp://g:65535", "--broker") == [
+        "tcp://h:1",
+        "tcp://[::1]:2",
+        "tcp://g:65535",
+    ]
+    for text in ("", "h:1,", "h", "h:65536", "ipc://x:1"):
+        with pytest.raises(UsageError, match="--broker must read HOST:PORT"):
+            tcp_addresses(text, "--broker")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:5571", "tcp://*:*", "tcp://[::1]:0", "tcp://eth0:1"])
+def test_addresses_to_bind(address: str) -> None:
+    refuse_unbindable(address, "--workers")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "5571",
+        "127.0.0.1:5571",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:99999",
+        "tcp://127.0.0.1:-1",
+        "tcp://:1",
+        "ipc://x:1",
+    ],
+)
+def test_what_libzmq_would_take_for_something_else_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match=f"--workers must read tcp://HOST:PORT, not '{re.escape(address)}'"):
+        refuse_unbindable(address, "--workers")
 
 
 @pytest.mark.parametrize(
@@ -198,3 +294,20 @@ def test_an_exposed_address_needs_an_explicit_yes(address: str) -> None:
     with pytest.raises(UsageError, match="--insecure"):
         refuse_exposed(["127.0.0.1:1", address], insecure=False)
     refuse_exposed([address], insecure=True)
+
+
+class Pantry(Settings, frozen=True):
+    section: ClassVar[str] = "pantry"
+
+    shelf: Path | None = None
+
+
+def test_a_folder_can_be_named_by_every_source(tmp_path: Path) -> None:
+    path = tmp_path / "weftline.toml"
+    path.write_text('[pantry]\nshelf = "/a"\n')
+    assert Pantry.load(config=path, environment={}).shelf == Path("/a")
+    assert Pantry.load(environment={"WEFTLINE_PANTRY_SHELF": "/b"}).shelf == Path("/b")
+    assert Pantry.load({"shelf": Path("/c")}, environment={}).shelf == Path("/c")
+    path.write_text("[pantry]\nshelf = 5\n")
+    with pytest.raises(UsageError, match=r"'shelf' of \[pantry\] is wrong: Expected `Path`, got `int`"):
+        Pantry.load(config=path, environment={})

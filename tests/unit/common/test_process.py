@@ -129,3 +129,28 @@ async def test_until_raises_what_another_raises() -> None:
 
 async def test_until_ends_with_the_first_that_ends() -> None:
     await process.until(asyncio.Event(), asyncio.sleep(0), asyncio.Event().wait())
+
+
+@pytest.mark.parametrize(("number", "gentle"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_term_lets_finish_what_runs_and_an_interrupt_does_not(number: signal.Signals, gentle: bool) -> None:
+    async def main(stop: asyncio.Event) -> int:
+        assert process.gently(stop), "nobody is in a hurry before a signal"
+        os.kill(os.getpid(), number)
+        await stop.wait()
+        return int(process.gently(stop))
+
+    assert process.run(main) == gentle
+
+
+def test_a_child_whose_parent_is_gone_hurries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(process.PARENT, str(os.getppid() + 1))
+
+    async def main(stop: asyncio.Event) -> int:
+        await stop.wait()
+        return int(process.gently(stop))
+
+    assert process.run(main) == 0
+
+
+def test_a_plain_event_leaves_no_time() -> None:
+    assert not process.gently(asyncio.Event())

@@ -24,6 +24,9 @@ EVERY_MESSAGE = [
     for kind in typing.get_args(union)
 ]
 ENGINE = Engine(url="http://e", models=(Model(name="m:latest", digest="d", slots=2, resident=True),))
+CLAIM = protocol.Claim(
+    rid=b"r", attempt=1, engine="e", digest="d", client="c", ref="1", model="m", path="/p", top=4, ended=True
+)
 # Each is within every bound that the wire puts on its type.
 SAMPLES: dict[typing.Any, typing.Any] = {
     str: "WORD",
@@ -38,7 +41,8 @@ SAMPLES: dict[typing.Any, typing.Any] = {
     dict[bytes, int]: {b"r": 5},
     int | None: 9,
     tuple[Engine, ...]: (ENGINE,),
-    tuple[protocol.Claim, ...]: (protocol.Claim(rid=b"r", attempt=1, top=4, ended=True),),
+    tuple[protocol.Claim, ...]: (CLAIM,),
+    protocol.Submit | None: protocol.Submit(rid=b"r" * 16, client="c", ref="1", model="m", path="/p"),
     tuple[protocol.Host, ...]: (protocol.Host(name="h", engines=(ENGINE,), busy={"http://e": {"d": 1}}),),
     tuple[protocol.Job, ...]: (
         protocol.Job(rid=b"r", client="c", ref="1", model="m", state="queued", age_ms=3, position=1),

@@ -16,7 +16,7 @@ from broker.core import POSITIONS_INTERVAL_S
 from broker.settings import BrokerSettings
 from common import protocol
 from common.errors import Code
-from gateway import auth, messages
+from gateway import auth, messages, session
 from gateway.protocols import Limits
 from gateway.settings import GatewaySettings
 from gateway.store import Client
@@ -76,6 +76,8 @@ def bounds(kind: inspect.Type) -> str:
             return f"at most {high} characters"
         case inspect.IntType(gt=int(low), le=int(high)):
             return f"{low + 1} to {high}"
+        case inspect.IntType(ge=int(low), lt=int(high)):
+            return f"{low} to {high - 1}"
         case inspect.UnionType(types=types):
             return next((said for one in types if (said := bounds(one)) != "-"), "-")
     return "-"
@@ -201,6 +203,7 @@ FIXED: dict[str, float] = {
     "Time between the server's pings, and for the pong": Limits().ping_interval_s,
     "Ping, pong and tiny fragment frames in a burst": Limits().control_burst,
     "Attempts of a request": protocol.ATTEMPTS_MAX,
+    "Text of a stream that can be continued, as the engine's lines": session.HISTORY_BYTES_MAX,
 }
 UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
 
@@ -223,7 +226,9 @@ def test_the_limits_are_those_of_the_settings() -> None:
         named.add((section, name))
     assert fixed == FIXED.keys()
     numbers = {
-        ("gateway", field.name) for field in msgspec.structs.fields(GatewaySettings) if field.type in (int, float)
+        ("gateway", field.name)
+        for field in inspect.type_info(GatewaySettings).fields  # type: ignore[attr-defined]
+        if isinstance(field.type, inspect.IntType | inspect.FloatType)
     }
     assert numbers <= named
     assert Limits().ping_interval_s == Limits().ping_timeout_s
@@ -234,6 +239,9 @@ def test_the_times_in_the_text_are_those_of_the_code() -> None:
     assert f"{auth.ANSWER_S * 1000:g} ms\nafter receipt" in TEXT
     assert f"at most every {POSITIONS_INTERVAL_S:g} s" in TEXT
     assert f"RSA, {auth.RSA_BITS_MIN} to {auth.RSA_BITS_MAX} bits" in TEXT
+    assert f"a request waits: {GatewaySettings().resume_s:g} s from the break" in TEXT
+    messages_per_s, burst = GatewaySettings().messages_per_s, GatewaySettings().messages_burst
+    assert f"bound\n   of {burst} messages in a burst and {messages_per_s:g} a second" in TEXT
 
 
 def test_the_algorithms_are_those_that_are_checked() -> None:

@@ -17,7 +17,7 @@ from broker.settings import BrokerSettings
 from cli import chat, doctor, fleet
 from cli.settings import ClientSettings
 from common import errors
-from common.config import PREFIX, Settings
+from common.config import PREFIX, SECONDS_MAX, Settings
 from deploy.local import UpSettings, up
 from gateway.__main__ import gateway
 from gateway.settings import GatewaySettings
@@ -53,8 +53,10 @@ def wording(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         (meta,) = kind.__metadata__
-        bound = f" more than {meta.gt:g}" if meta.gt is not None else f" of at least {meta.ge}"
-        return wording(args[0]) + bound
+        if meta.le == SECONDS_MAX:
+            return "seconds" if meta.gt is None else "seconds, more than 0"
+        bounds = f" of at least {meta.ge}" if meta.le is None else f" from {meta.ge} to {meta.le:.0f}"
+        return wording(args[0]) + bounds
     if origin is Literal:
         return ", ".join(f"`{word}`" for word in args[:-1]) + f" or `{args[-1]}`"
     if origin in (types.UnionType, typing.Union):
@@ -64,6 +66,16 @@ def wording(kind: Any) -> str:
         return "list of strings"
     words: dict[Any, str] = {str: "string", bool: "boolean", int: "integer", float: "number", Path: "path"}
     return words[kind]
+
+
+def test_every_number_has_bounds() -> None:
+    """Zero, negative and absurd values end a command; they never reach what would loop, stall or overflow on them."""
+    for cls in COMMANDS:
+        for field in msgspec.structs.fields(cls):
+            for kind in (
+                typing.get_args(field.type) if typing.get_origin(field.type) is types.UnionType else [field.type]
+            ):
+                assert kind not in (int, float), f"{field.name} of [{cls.section}]"
 
 
 def default(field: msgspec.structs.FieldInfo) -> str | None:

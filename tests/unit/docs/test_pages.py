@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.fabric import Fabric
 from tests.unit.docs import markdown
 
 ROOT = markdown.DOCS.parent
+MODULES = ROOT / "tests" / "conformance" / "guides" / "node_modules"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *markdown.DOCS.glob("*.md"))}
 
@@ -70,6 +72,32 @@ def test_the_python_examples_of_the_readme_run(number: int, fabric: Fabric, tmp_
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 20, "no answer"
+    assert not done.stderr
+
+
+# What a browser has and the oldest Node that is looked after may not have, or hides.
+BROWSER = """
+globalThis.WebSocket ??= require('ws');
+globalThis.crypto ??= require('node:crypto').webcrypto;
+const { readFileSync } = require('node:fs');
+const config = JSON.parse(readFileSync('keys/alice_config.json'));
+ask(config.serverUrl, config.clientId, readFileSync(config.privateKeyPath, 'utf8'), 'Hello', (token) =>
+  process.stdout.write(token),
+).then((end) => console.log(`\\n${end.totalTokens}`));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None or not MODULES.exists(), reason="needs node, and npm for its `ws`")
+@pytest.mark.parametrize(("number", "driver"), [(0, ""), (1, BROWSER)], ids=["node", "browser"])
+def test_the_javascript_examples_of_the_readme_run(number: int, driver: str, fabric: Fabric, tmp_path: Path) -> None:
+    example = markdown.blocks(README, "js")[number]
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "alice_config.json").write_bytes(fabric.config_path.read_bytes())
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    (tmp_path / "example.js").write_text(example + driver)
+    done = subprocess.run(["node", "example.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 20, "no answer"
     assert not done.stderr

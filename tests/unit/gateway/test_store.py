@@ -235,6 +235,20 @@ def test_an_unusable_data_dir_is_named(unusable: Callable[[Path], Path], tmp_pat
     assert raised.value.exit_status == 1
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["public_key = CAST(x'ff' AS TEXT)", "id = CAST(x'c328' AS TEXT)", "created_at = 'yesterday'", "created_at = 5"],
+)
+def test_a_damaged_row_is_a_sentence_too(damage: str, store: Store, tmp_path: Path) -> None:
+    store.add("alice", key(1))
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute(f"UPDATE clients SET {damage}")
+        connection.commit()
+    for read in (store.list, lambda: store.changed_since(0)):
+        with pytest.raises(StoreError, match=f"cannot read the client registry {tmp_path / FILE_NAME}"):
+            read()
+
+
 def test_a_failure_while_open_is_a_sentence_too(store: Store, tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
         connection.execute("DROP TABLE clients")

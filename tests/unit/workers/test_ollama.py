@@ -1,5 +1,6 @@
 """What is concluded from an engine's answers."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -155,3 +156,31 @@ async def test_down_with_a_sentence_and_back(
     ollama.fault = None
     assert await backend.poll()
     assert backend.engine == up
+
+
+async def test_an_engine_that_starts_with_its_worker_is_not_waited_for_a_whole_interval(ollama: Ollama) -> None:
+    """The first answer counts: it is looked for often, whatever the interval of later looks is."""
+    ollama.models = [listed("m", "d1")]
+    ollama.capabilities = {"m": ["completion"]}
+    refusals = iter([True, True])
+
+    def starting(request: httpx.Request) -> httpx.Response:
+        if not next(refusals, False):
+            ollama.fault = None
+        return refuse(request)
+
+    ollama.fault = starting
+    answered = asyncio.Event()
+    async with Backend(EngineAddress(URL, 4), 3600.0) as backend:
+        await backend.client.aclose()
+        backend.client = httpx.AsyncClient(base_url=URL, transport=httpx.MockTransport(ollama))
+        await backend.poll()
+        assert not backend.engine.up
+        watch = asyncio.create_task(backend.watch(lambda: answered.set() if backend.engine.up else None))
+        try:
+            async with asyncio.timeout(10):
+                await answered.wait()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+    assert [model.name for model in backend.engine.models] == ["m"]

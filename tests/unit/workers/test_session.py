@@ -12,6 +12,8 @@ from common import protocol
 from common.errors import Code
 from common.protocol import (
     CHUNK_BYTES_MAX,
+    COUNT_MAX,
+    SILENCE_S,
     Assign,
     Beat,
     Bye,
@@ -23,6 +25,7 @@ from common.protocol import (
     Engine,
     Error,
     Failed,
+    Forgotten,
     Model,
     ModelOp,
     Refused,
@@ -44,14 +47,17 @@ from workers.session import (
     LEASE_OVERHEAD_BYTES,
     NOTES_MAX,
     Close,
+    Drained,
     Effect,
     Joined,
     Lease,
     LeaseState,
     Limits,
     Post,
+    Probe,
     Report,
     Resume,
+    Served,
     Session,
 )
 from workers.session import Superseded as SupersededEffect
@@ -79,9 +85,9 @@ def token(index: int) -> bytes:
 class Rig:
     """A session whose socket takes `room` more frames (None: all) and whose time is `now`."""
 
-    def __init__(self, *, registered: bool = True, **limits: Any) -> None:
+    def __init__(self, *, registered: bool = True, brokers: int = 1, **limits: Any) -> None:
         self.now = 100.0
-        self.session = Session("gpu-1", "epoch", Limits(**limits), self.now)
+        self.session = Session("gpu-1", "epoch", Limits(**limits), self.now, brokers=brokers)
         self.session.set_engines(ENGINES)
         self.room: int | None = None
         self.out: list[tuple[Any, bytes]] = []
@@ -108,14 +114,17 @@ class Rig:
         while self.session.blocked:
             self.pump()
 
-    def handle(self, message: Any, payload: bytes = b"") -> list[Effect]:
-        """What the broker says, over the wire's own encoding."""
+    def handle(self, message: Any, payload: bytes = b"", broker: int = 0) -> list[Effect]:
+        """What a broker says, over the wire's own encoding."""
         decoded, body = protocol.to_worker.decode(protocol.encode(message, payload))
-        return self._did(self.session.handle(decoded, body, self.now))
+        return self._did(self.session.handle(decoded, body, self.now, broker=broker))
 
     def tick(self, now: float) -> list[Effect]:
+        """The effects, but for the one that comes with every beat."""
         self.now = now
-        return self._did(self.session.tick(now))
+        effects = self._did(self.session.tick(now))
+        self.effects = [effect for effect in self.effects if not isinstance(effect, Probe)]
+        return [effect for effect in effects if not isinstance(effect, Probe)]
 
     def take(self) -> list[Any]:
         """Pump, and the messages that came out since the last time."""
@@ -127,7 +136,16 @@ class Rig:
     def assign(self, rid: bytes = b"r", attempt: int = 1, **changes: Any) -> Lease:
         [post] = self.handle(assign(rid, attempt, **changes), b"body")
         assert isinstance(post, Post)
-        assert post.body == b"body"
+        assert (post.body, post.prior) == (b"body", ())
+        return post.lease
+
+    def go_on(self, *prior: bytes, attempt: int = 2, **changes: Any) -> Lease:
+        """A request that is continued here after these events."""
+        changes = {"start": len(prior), "body_bytes": 4} | changes
+        [post] = self.handle(assign(b"r", attempt, **changes), b"body" + b"".join(prior))
+        assert isinstance(post, Post)
+        assert (post.body, post.prior) == (b"body", prior)
+        self.session.head(post.lease, 200, NDJSON, self.now)
         return post.lease
 
     def stream(self, rid: bytes = b"r", **changes: Any) -> Lease:
@@ -162,12 +180,13 @@ class Rig:
             assert (lease.terminal is not None) == (not lease.at_engine)
             unsent = lease.events[lease.sent - lease.base :]
             assert lease.unsent_bytes == sum(len(event) + EVENT_OVERHEAD_BYTES for event in unsent)
-            assert lease.size_bytes == LEASE_OVERHEAD_BYTES + len(lease.terminal_payload) + sum(
-                len(event) + EVENT_OVERHEAD_BYTES for event in lease.events
-            )
+            own = LEASE_OVERHEAD_BYTES + len(lease.body) + len(lease.terminal_payload)
+            assert lease.size_bytes == own + sum(len(event) + EVENT_OVERHEAD_BYTES for event in lease.events)
             assert len(lease.partial) <= EVENT_BYTES_MAX
             if lease.state is LeaseState.DELIVERED:
                 assert lease.sent == lease.top
+        kept = [lease.keep_until for lease in s._ended.values()]
+        assert kept == sorted(kept)
 
 
 def assign(rid: bytes = b"r", attempt: int = 1, **changes: Any) -> Assign:
@@ -177,12 +196,22 @@ def assign(rid: bytes = b"r", attempt: int = 1, **changes: Any) -> Assign:
         "model": "m:latest",
         "digest": "d1",
         "path": "/api/generate",
+        "client": "alice",
+        "ref": "1",
     } | changes
     return Assign(rid=rid, attempt=attempt, **fields)
 
 
 def started(lease: Lease, content_type: str = NDJSON) -> Started:
     return Started(rid=lease.rid, attempt=lease.attempt, status=200, content_type=content_type)
+
+
+def claim(rid: bytes = b"r", *, top: int, ended: bool = False, **more: Any) -> Claim:
+    """Of what `assign` assigned."""
+    fields: dict[str, Any] = {"attempt": 1, "client": "alice", "ref": "1", "grace_ms": 0} | more
+    return Claim(
+        rid=rid, engine=URL, digest="d1", model="m:latest", path="/api/generate", top=top, ended=ended, **fields
+    )
 
 
 def chunk(lease: Lease, seq: int, n: int = 1) -> Chunk:
@@ -236,9 +265,7 @@ def test_one_register_answers_many_who() -> None:
     rig.feed(lease, token(1))
     rig.handle(Who())
     rig.handle(Who())
-    assert rig.take() == [
-        Register(name="gpu-1", epoch="epoch", engines=ENGINES, leases=(Claim(rid=b"r", attempt=1, top=2),))
-    ]
+    assert rig.take() == [Register(name="gpu-1", epoch="epoch", engines=ENGINES, leases=(claim(top=2),))]
     rig.handle(Who())
     assert rig.take() == []
     rig.now += 1.0
@@ -256,10 +283,7 @@ def test_claims_say_what_is_held_and_what_has_ended() -> None:
     rig.feed(running, token(0) + token(1))
     rig.handle(Who())
     [register] = rig.take()
-    assert register.leases == (
-        Claim(rid=b"a", attempt=1, top=1, ended=True),
-        Claim(rid=b"b", attempt=1, top=2),
-    )
+    assert register.leases == (claim(b"a", top=1, ended=True), claim(b"b", top=2))
 
 
 def test_beats_carry_the_tops_of_streaming_leases() -> None:
@@ -351,6 +375,70 @@ def test_control_messages_wait_one_by_one() -> None:
     assert seen == [State, Beat, Error, Error]
 
 
+# Several brokers ------------------------------------------------------------------------------------------------------
+
+
+def test_with_every_beat_the_other_brokers_are_asked_for_a_sign_of_life() -> None:
+    rig = Rig()
+    assert list(rig.session.tick(101.0)) == [Probe()]
+    assert list(rig.session.tick(101.5)) == []
+
+
+def hear_from(rig: Rig, seconds: int, *alive: int) -> list[Effect]:
+    """Ticks at every heartbeat, each after a sign of life of those brokers."""
+    effects: list[Effect] = []
+    for _ in range(seconds):
+        rig.now += 1.0
+        for broker in alive:
+            rig.handle(Beat(), broker=broker)
+        effects += rig.tick(rig.now)
+    return effects
+
+
+def test_another_broker_is_told_everything_anew() -> None:
+    rig = Rig(brokers=2)
+    lease = rig.stream()
+    rig.feed(lease, token(0) + token(1))
+    rig.take()
+    assert hear_from(rig, 3, 1)[-1] == Report("the broker does not answer", {"silent_s": 3.0})
+    assert hear_from(rig, 1, 1) == [Served(1)]
+    assert rig.take() == [Register(name="gpu-1", epoch="epoch", engines=ENGINES, leases=(claim(top=2),))]
+    rig.feed(lease, token(2))
+    assert rig.take() == []
+    assert rig.handle(Registered(registration=3), broker=1) == [Joined(3)]
+    assert rig.take() == [chunk(lease, 2)]
+
+
+def test_the_word_of_a_broker_that_is_not_served_does_not_count() -> None:
+    rig = Rig(brokers=2)
+    lease = rig.stream()
+    rig.take()
+    for message in (Cancel(rid=b"r"), Release(rid=b"r"), Who(), Registered(registration=9), Superseded(), Drain()):
+        assert rig.handle(message, broker=1) == []
+    assert rig.handle(assign(b"s"), broker=1) == []
+    assert rig.take() == []
+    assert (state_of(lease), rig.session.registration) == (LeaseState.STREAMING, 7)
+
+
+def test_orphans_wait_for_the_broker_that_takes_over() -> None:
+    """The time without a broker begins anew with the one that lives."""
+    rig = Rig(brokers=2, orphan_s=5.0)
+    rig.stream()
+    assert Served(1) in hear_from(rig, 4, 1)
+    assert hear_from(rig, 2) == []
+    rig.handle(Registered(registration=3), broker=1)
+    assert hear_from(rig, 4, 1) == []
+    assert rig.session.leases == 1
+
+
+def test_after_bye_nobody_is_told_anything() -> None:
+    rig = Rig(brokers=2)
+    rig.session.shutdown(rig.now)
+    assert rig.take()[-1] == Bye()
+    assert Served(1) in hear_from(rig, int(SILENCE_S) + 1, 1)
+    assert rig.take() == []
+
+
 # Assigns --------------------------------------------------------------------------------------------------------------
 
 
@@ -387,14 +475,42 @@ def test_slots_are_counted_per_engine_and_digest() -> None:
 
 def test_draining_refuses_and_can_end() -> None:
     rig = Rig()
-    rig.handle(Drain())
+    assert rig.handle(Drain()) == [Drained(True)]
     rig.handle(assign())
     state, refused = rig.take()
     assert state == State(engines=ENGINES, draining=True)
     assert refused.reason == "the worker is draining"
-    rig.handle(Drain(on=False))
+    assert rig.handle(Drain(on=False)) == [Drained(False)]
     rig.assign()
     assert rig.take() == [State(engines=ENGINES)]
+
+
+def test_a_drained_worker_finishes_what_it_has_and_says_so_when_it_registers() -> None:
+    rig = Rig()
+    lease = rig.stream()
+    rig.session.drain()
+    rig.feed(lease, FINAL)
+    rig.session.eof(lease, rig.now)
+    messages = rig.take()
+    assert messages[0] == State(engines=ENGINES, draining=True)
+    assert isinstance(messages[-1], End)
+    assert rig.session.leases == 1
+    rig.handle(Release(rid=b"r"))
+    assert rig.session.leases == 0
+    rig.handle(Who())
+    [register] = rig.take()
+    assert register.draining
+
+
+def test_a_worker_that_is_about_to_end_cannot_be_resumed() -> None:
+    rig = Rig()
+    rig.session.drain(for_good=True)
+    assert rig.handle(Drain(on=False)) == [Drained(False)], "its next process may work again"
+    rig.handle(assign())
+    assert [type(message) for message in rig.take()] == [State, Refused]
+    rig.session.drain()
+    rig.handle(Drain(on=False))
+    assert rig.session.draining
 
 
 def test_the_same_attempt_twice_is_one() -> None:
@@ -432,12 +548,25 @@ def test_lines_are_events_wherever_the_engine_s_pieces_end(size: int) -> None:
     assert rig.take()[-1] == End(rid=b"r", attempt=1, seq=5, stats=STATS)
 
 
-def test_rest_without_newline_is_an_event() -> None:
+def test_a_last_line_without_its_newline_is_an_event_and_gets_one() -> None:
+    """What continues a stream counts its events by their newlines."""
     rig = Rig()
     lease = rig.stream()
     rig.feed(lease, token(0) + FINAL[:-1])
     rig.session.eof(lease, rig.now)
+    assert lease.events == [token(0), FINAL]
     assert rig.take() == [started(lease), chunk(lease, 0, 2), End(rid=b"r", attempt=1, seq=2, stats=STATS)]
+
+
+@pytest.mark.parametrize("half", [FINAL[:-2], b'{"resp', b"plain text"])
+def test_half_a_line_at_the_end_is_no_event(half: bytes) -> None:
+    rig = Rig()
+    lease = rig.stream()
+    rig.feed(lease, token(0) + half)
+    rig.session.eof(lease, rig.now)
+    assert lease.events == [token(0)]
+    failed = rig.take()[-1]
+    assert (failed.code, failed.seq, failed.retryable) == (Code.BACKEND_ERROR, 1, True)
 
 
 @pytest.mark.parametrize("body", [FINAL, b'{"embeddings":[[0.5]],"prompt_eval_count":3}\n{"x":', b""])
@@ -523,6 +652,7 @@ def test_an_error_key_within_a_line_is_content() -> None:
         (400, b'{"error":{"message":"bad"}}', Code.INVALID_MESSAGE, False, "bad"),
         (403, b"", Code.INVALID_MESSAGE, False, f"the engine {URL} answered 403"),
         (429, b"[]", Code.BACKEND_ERROR, True, f"the engine {URL} answered 429"),
+        (500, b'{"error":"option \\"seed\\" must be"}', Code.INVALID_MESSAGE, False, 'option "seed" must be'),
         (500, b'{"error":7}', Code.BACKEND_ERROR, True, f"the engine {URL} answered 500"),
         (503, b'{"error":"server busy"}', Code.BACKEND_ERROR, True, "server busy"),
         (301, b"\xff", Code.BACKEND_ERROR, True, f"the engine {URL} answered 301"),
@@ -660,7 +790,7 @@ def test_shutdown_fails_what_runs_then_says_bye() -> None:
     rig.take()
     rig.feed(running, token(1))
     assert rig._did(rig.session.shutdown(rig.now)) == [Close(running)]
-    for room in (0, 1, 1, 0):
+    for room in (0, 1, 1, 1, 0):
         rig.room = room
         rig.pump()
         assert not rig.session.left
@@ -677,7 +807,8 @@ def test_shutdown_order() -> None:
     lease = rig.stream()
     rig.feed(lease, token(0))
     rig.session.shutdown(rig.now)
-    *_, last, failed, bye = rig.take()
+    state, *_, last, failed, bye = rig.take()
+    assert state == State(engines=ENGINES, draining=True), "or what fails would be assigned here again"
     assert last == chunk(lease, 0)
     assert (failed.code, failed.retryable, failed.seq) == (Code.SHUTTING_DOWN, True, 1)
     assert bye == Bye()
@@ -804,36 +935,118 @@ def test_replay_before_anything_was_sent() -> None:
 
 
 @pytest.mark.parametrize(("rid", "attempt"), [(b"x", 1), (b"r", 2)])
-def test_replay_of_what_is_not_here(rid: bytes, attempt: int) -> None:
+def test_of_what_is_not_here_everything_is_forgotten(rid: bytes, attempt: int) -> None:
     rig = Rig()
     rig.assign()
     rig.handle(Replay(rid=rid, attempt=attempt, start=5))
-    [failed] = rig.take()
-    assert (failed.rid, failed.attempt, failed.code, failed.seq) == (rid, attempt, Code.RESUME_GAP, 5)
-    assert not failed.retryable
+    assert rig.take() == [Forgotten(rid=rid, attempt=attempt, base=COUNT_MAX)]
     assert len(list(rig.session._leases)) == 1
 
 
-def test_replay_of_what_is_no_longer_kept_ends_the_lease() -> None:
-    rig = Rig(lease_bytes_max=1000)
+def test_a_replay_of_what_is_no_longer_kept_hears_what_is() -> None:
+    rig = Rig(lease_bytes_max=LEASE_OVERHEAD_BYTES + 1000)
     lease = rig.stream()
     for index in range(50):
         rig.feed(lease, token(index))
         rig.pump()
     assert lease.base > 0
     rig.take()
-    assert rig.handle(Replay(rid=b"r", attempt=1, start=0)) == [Close(lease)]
-    [failed] = rig.take()
-    assert (failed.code, failed.seq) == (Code.RESUME_GAP, 0)
+    assert rig.handle(Replay(rid=b"r", attempt=1, start=0)) == []
+    assert rig.take() == [Forgotten(rid=b"r", attempt=1, base=lease.base)]
+    assert state_of(lease) is LeaseState.STREAMING
+    rig.handle(Replay(rid=b"r", attempt=1, start=lease.base))
+    assert rig.take() == [chunk(lease, lease.base, 50 - lease.base)]
+
+
+def test_a_replay_from_the_start_brings_the_body_of_what_can_be_resumed() -> None:
+    """The gateway through which it is resumed needs it to have it continued."""
+    rig = Rig()
+    lease = rig.stream(grace_ms=60_000)
+    rig.feed(lease, token(0))
+    rig.pump_all()
+    rig.handle(Replay(rid=b"r", attempt=1, start=0))
+    rig.pump_all()
+    assert rig.out == [
+        (started(lease), b""),
+        (chunk(lease, 0), token(0)),
+        (started(lease), b"body"),
+        (chunk(lease, 0), token(0)),
+    ]
+
+
+def test_of_what_cannot_be_resumed_no_body_is_kept() -> None:
+    rig = Rig()
+    lease = rig.stream()
+    rig.handle(Replay(rid=b"r", attempt=1, start=0))
+    rig.pump_all()
+    assert lease.body == b""
+    assert rig.out == [(started(lease), b"")]
+
+
+def test_a_replay_refreshes_how_long_a_finished_lease_is_kept() -> None:
+    rig = Rig(keep_s=0.5)
+    lease, other = ended_lease(rig), rig.stream(b"b")
+    rig.now += 0.25
+    rig.feed(other, FINAL)
+    rig.session.eof(other, rig.now)
+    rig.now += 0.125
+    rig.handle(Replay(rid=b"r", attempt=1, start=0))
+    rig.take()
+    assert rig.session.next_deadline() == 100.75
+    rig.tick(100.75)
+    assert (state_of(lease), state_of(other)) == (LeaseState.DELIVERED, LeaseState.DROPPED)
+    rig.tick(100.875)
     assert state_of(lease) is LeaseState.DROPPED
 
 
-def test_a_continuation_numbers_on() -> None:
+# Continuations --------------------------------------------------------------------------------------------------------
+
+
+def test_a_continuation_numbers_on_and_its_buffer_has_what_was_before() -> None:
     rig = Rig()
-    lease = rig.stream(start=10)
-    rig.feed(lease, token(10) + FINAL)
+    lease = rig.go_on(token(0), token(1), grace_ms=60_000)
+    assert (lease.top, lease.sent, lease.body) == (2, 2, b"body")
+    rig.feed(lease, token(2) + FINAL)
     rig.session.eof(lease, rig.now)
-    assert rig.take() == [started(lease), chunk(lease, 10, 2), End(rid=b"r", attempt=1, seq=12, stats=STATS)]
+    assert rig.take() == [started(lease), chunk(lease, 2, 2), End(rid=b"r", attempt=2, seq=4, stats=STATS)]
+    rig.handle(Replay(rid=b"r", attempt=2, start=0))
+    rig.pump_all()
+    assert [payload for message, payload in rig.out if isinstance(message, Chunk)] == [
+        token(0) + token(1) + token(2) + FINAL
+    ]
+    assert rig.out[0] == (started(lease), b"body")
+
+
+def test_a_continuation_claims_what_it_began_with() -> None:
+    rig = Rig()
+    rig.go_on(token(0), token(1), grace_ms=60_000)
+    rig.handle(Who())
+    [register] = rig.take()
+    assert register.leases == (claim(top=2, attempt=2, grace_ms=60_000),)
+    rig.handle(Registered(registration=8))
+    rig.tick(101.0)
+    assert rig.take() == [Beat(tops={b"r": 2}), started(rig.session._leases[b"r"])]
+
+
+@pytest.mark.parametrize("delivered", [b"", token(0), token(0) + token(1)[:-1], token(0) * 3])
+def test_a_continuation_with_other_events_than_it_says_fails(delivered: bytes) -> None:
+    """Refused it would be assigned again for ever."""
+    rig = Rig()
+    assert rig.handle(assign(start=2, body_bytes=4), b"body" + delivered) == []
+    [failed] = rig.take()
+    assert (failed.code, failed.seq, failed.retryable) == (Code.WORKER_LOST, 2, False)
+    assert rig.session.leases == 0
+
+
+def test_what_cannot_be_continued_ends_as_lost_and_elsewhere_would_too() -> None:
+    rig = Rig()
+    lease = rig.go_on(token(0))
+    rig.session.cannot_continue(lease, "the engine answered 400", rig.now)
+    failed = rig.take()[-1]
+    assert (failed.code, failed.seq, failed.retryable) == (Code.WORKER_LOST, 1, False)
+    assert "the engine answered 400" in failed.message
+    rig.session.cannot_continue(lease, "again", rig.now)
+    assert rig.take() == []
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------

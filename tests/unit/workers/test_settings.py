@@ -44,7 +44,18 @@ def test_without_entries_the_environment_decides() -> None:
     assert engine_addresses(("a",), {"OLLAMA_NUM_PARALLEL": "0"}) == (EngineAddress("http://a:11434", 1),)
 
 
-@pytest.mark.parametrize("entries", [("a,slots=0",), ("a,slots=many",), ("slots=2",), ("a", "http://a:11434"), ("a,",)])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ("a,slots=0",),
+        ("a,slots=4097",),
+        ("a,slots=²",),
+        ("a,slots=many",),
+        ("slots=2",),
+        ("a", "http://a:11434"),
+        ("a,",),
+    ],
+)
 def test_entries_that_are_wrong(entries: tuple[str, ...]) -> None:
     with pytest.raises(UsageError, match=r"slots|address|twice"):
         engine_addresses(entries, {})
@@ -58,7 +69,16 @@ def test_a_list_in_one_variable_of_the_environment() -> None:
     ]
 
 
-@pytest.mark.parametrize("flags", [{"silence_s": 0.0}, {"lease_bytes_max": 5}, {"log_level": "loud"}])
-def test_settings_out_of_range(flags: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=r"\[worker\]"):
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"silence_s": 0.0}, "--silence-s"),
+        ({"lease_bytes_max": 5}, "--lease-bytes-max"),
+        ({"log_level": "loud"}, "--log-level"),
+        ({"broker": "host"}, "--broker must read HOST:PORT"),
+        ({"broker": "tcp://a:1, tcp://b:99999"}, "--broker must read HOST:PORT"),
+    ],
+)
+def test_settings_out_of_range(flags: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
         WorkerSettings.load(flags, environment={})
