@@ -57,7 +57,7 @@ class Process:
 
     def close(self) -> None:
         if self._popen.poll() is None:
-            self._popen.send_signal(signal.SIGTERM)
+            self._popen.send_signal(signal.SIGINT)  # at once: SIGTERM lets finish what runs or could be resumed
             try:
                 self._popen.wait(STOP_S)
             except subprocess.TimeoutExpired:
