@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from broker.state import Request, State, Worker
+from common.protocol import Engine
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,7 +91,7 @@ class WarmFirst:
             if worker.paused_until > now:
                 continue
             busy = worker.busy[engine.url, model.digest]
-            if busy >= model.slots:
+            if busy >= model.slots or (not busy and _full(worker, engine)):
                 continue
             # Names make ties repeatable.
             key = (
@@ -102,3 +103,8 @@ class WarmFirst:
             if best is None or key < best[0]:
                 best = key, Placement(request, worker, engine.url, model.digest)
         return best[1] if best else None
+
+
+def _full(worker: Worker, engine: Engine) -> bool:
+    """Whether another model would make the engine evict one that is busy."""
+    return 0 < engine.models_max <= sum(url == engine.url for url, _ in worker.busy)

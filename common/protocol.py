@@ -88,13 +88,17 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An Ollama server (or an embedded or simulated engine) behind a worker; `url` names it within the worker."""
+    """An Ollama server (or an embedded or simulated engine) behind a worker; `url` names it within the worker.
+
+    `models_max`: how many models it holds at once, 0 if that is not known; one more would evict another.
+    """
 
     url: Name
     kind: Name = "ollama"
     version: Name = ""
     up: bool = True
     error: Text = ""
+    models_max: Count = 0
     models: Annotated[tuple[Model, ...], msgspec.Meta(max_length=MODELS_MAX)] = ()
 
 

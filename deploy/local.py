@@ -75,7 +75,9 @@ def up(
     workers: Annotated[int | None, typer.Option(help="Worker processes, 1 to 64. [1]")] = None,
     ollama: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL[,slots=N]", help="An Ollama server; repeatable. [OLLAMA_HOST, else 127.0.0.1:11434]"),
+        typer.Option(
+            metavar="URL[,slots=N][,models=N]", help="An Ollama server; repeatable. [OLLAMA_HOST, else 127.0.0.1:11434]"
+        ),
     ] = None,
     engine: Annotated[
         EngineChoice | None, typer.Option(help="What generates. [auto: an Ollama that answers, else the embedded one]")

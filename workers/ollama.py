@@ -153,6 +153,7 @@ class Backend:
         resident = {model.digest or model.name for model in running}
         await self._look_closely(listed)
         return Engine(
+            models_max=self.address.models,
             url=self.address.url,
             kind=version.engine,
             version=version.version,

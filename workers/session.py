@@ -277,6 +277,7 @@ class Session:
         self._busy: Counter[tuple[str, str]] = Counter()  # leases at the engine by (engine url, digest)
         self._slots: dict[tuple[str, str], int] = {}
         self._up: dict[str, bool] = {}
+        self._models_max: dict[str, int] = {}
         self._ready: deque[Lease] = deque()
         self._paused: dict[bytes, Lease] = {}
         self._bytes = 0
@@ -343,6 +344,7 @@ class Session:
             return False
         self.engines = engines
         self._up = {engine.url: engine.up for engine in engines}
+        self._models_max = {engine.url: engine.models_max for engine in engines if engine.models_max}
         self._slots = {(engine.url, model.digest): model.slots for engine in engines for model in engine.models}
         self._state_due = True
         return True
@@ -436,6 +438,9 @@ class Session:
             return f"the engine {message.engine} does not have {message.model}"
         if self._busy[slot] >= self._slots[slot]:
             return f"all slots for {message.model} on {message.engine} are taken"
+        busy = {digest for engine, digest in self._busy if engine == message.engine}
+        if message.digest not in busy and len(busy) >= self._models_max.get(message.engine, len(busy) + 1):
+            return f"{message.engine} would have to evict a busy model for {message.model}"
         return ""
 
     def _replay(self, message: protocol.Replay, now: float) -> None:

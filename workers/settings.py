@@ -20,10 +20,12 @@ BufferBytes = Annotated[int, msgspec.Meta(ge=64 * 2**10)]
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
-    """Where an engine listens, and how many requests for one model it runs at once (its OLLAMA_NUM_PARALLEL)."""
+    """Where an engine listens; how many requests for one model it runs at once (its OLLAMA_NUM_PARALLEL), and how many
+    models it holds at once (its OLLAMA_MAX_LOADED_MODELS), 0 if that is not known."""
 
     url: str
     slots: int = 1
+    models: int = 0
 
 
 def ollama_url(text: str) -> str:
@@ -52,31 +54,38 @@ def ollama_url(text: str) -> str:
 
 
 def engine_addresses(entries: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[EngineAddress, ...]:
-    """Read `URL[,slots=N]` entries; none means OLLAMA_HOST or http://127.0.0.1:11434.
+    """Read `URL[,slots=N][,models=N]` entries; none means OLLAMA_HOST or http://127.0.0.1:11434.
 
-    Slots default to the OLLAMA_NUM_PARALLEL of this environment, else 1, as in Ollama. A list that came from one
-    string (the environment, a file) was split at its commas: a bare `slots=N` belongs to the engine before it.
+    Slots default to the OLLAMA_NUM_PARALLEL of this environment, else 1, as in Ollama, models to its
+    OLLAMA_MAX_LOADED_MODELS. A list that came from one string (the environment, a file) was split at its commas: a bare
+    `slots=N` or `models=N` belongs to the engine before it.
 
     Raises:
-        UsageError: an entry that is no address, slots out of bounds, or an engine named twice.
+        UsageError: an entry that is no address, a number out of bounds, or an engine named twice.
     """
-    default = environment.get("OLLAMA_NUM_PARALLEL", "")
-    slots_default = int(default) if default.isdecimal() and int(default) > 0 else 1
-    slots: dict[str, int] = {}
+
+    def default(name: str, otherwise: int) -> int:
+        text = environment.get(name, "")
+        return int(text) if text.isdecimal() and int(text) > 0 else otherwise
+
+    found_engines: dict[str, dict[str, int]] = {}
     for part in ",".join(entries or (environment.get("OLLAMA_HOST", ""),)).split(","):
         key, found, value = part.strip().partition("=")
-        if found and key == "slots" and slots:
+        if found and key in ("slots", "models") and found_engines:
             if not re.fullmatch(r"[0-9]{1,5}", value) or not 1 <= int(value) <= SLOTS_MAX:
-                raise UsageError(f"--ollama: slots must be a whole number from 1 to {SLOTS_MAX}, not {value!r}")
-            slots[next(reversed(slots))] = int(value)
+                raise UsageError(f"--ollama: {key} must be a whole number from 1 to {SLOTS_MAX}, not {value!r}")
+            found_engines[next(reversed(found_engines))][key] = int(value)
             continue
         if entries and not part.strip():
             raise UsageError("--ollama: an engine without an address")
         url = ollama_url(part)
-        if url in slots:
+        if url in found_engines:
             raise UsageError(f"--ollama: the engine {url} is named twice")
-        slots[url] = slots_default
-    return tuple(EngineAddress(url, count) for url, count in slots.items())
+        found_engines[url] = {
+            "slots": default("OLLAMA_NUM_PARALLEL", 1),
+            "models": default("OLLAMA_MAX_LOADED_MODELS", 0),
+        }
+    return tuple(EngineAddress(url, **numbers) for url, numbers in found_engines.items())
 
 
 class WorkerSettings(Settings, frozen=True):
@@ -84,7 +93,7 @@ class WorkerSettings(Settings, frozen=True):
 
     Attributes:
         broker: where the broker waits for workers; several in order, separated by commas: the first that lives serves.
-        ollama: engines as `URL[,slots=N]`; none means OLLAMA_HOST or http://127.0.0.1:11434.
+        ollama: engines as `URL[,slots=N][,models=N]`; none means OLLAMA_HOST or http://127.0.0.1:11434.
         name: unique in the fleet; of two live workers of one name the newer wins.
         start_ollama: run `ollama serve` for the first engine if it does not answer.
         first_byte_s: an engine that says nothing for so long has failed; loading a model may take minutes.

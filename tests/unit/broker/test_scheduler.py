@@ -1,5 +1,7 @@
 """Where requests go, and in which order."""
 
+from msgspec.structs import replace
+
 from broker.scheduler import WarmFirst
 from common.protocol import Assign, Engine, Model
 from tests.unit.broker.harness import Harness, engine, rid_of
@@ -124,3 +126,16 @@ def test_two_engines_of_a_host_have_their_own_slots() -> None:
     h.submit("r1")
     h.submit("r2")
     assert [h.request(rid_of(name)).engine for name in ("r1", "r2")] == ["http://e1", "http://e2"]
+
+
+def test_a_busy_model_is_not_evicted() -> None:
+    """An engine that holds one model at once gets no request for another while it works."""
+    h = Harness()
+    h.gateway("g1")
+    h.worker("w1", replace(engine("m:latest", "n:latest", slots=2), models_max=1))
+    for name, model in (("r1", "m:latest"), ("r2", "n:latest"), ("r3", "m:latest")):
+        h.submit(name, model=model)
+    assert [where(h, name) for name in ("r1", "r2", "r3")] == ["w1", "queue", "w1"]
+    for name in ("r1", "r3"):
+        h.end(rid_of(name), h.request(rid_of(name)).attempt, 0)
+    assert where(h, "r2") == "w1"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from common import protocol
 from common.errors import Code
@@ -471,6 +472,22 @@ def test_slots_are_counted_per_engine_and_digest() -> None:
     rig.feed(first, FINAL)
     rig.session.eof(first, rig.now)
     rig.assign(b"d")  # free at the end, not at the release
+
+
+def test_what_would_evict_a_busy_model_is_refused() -> None:
+    """Brokers that disagree may both send work: the worker is the authority."""
+    rig = Rig()
+    rig.session.set_engines((replace(ENGINES[0], models_max=1),))
+    first = rig.stream(b"a")
+    rig.take()
+    rig.handle(assign(b"b", digest="d2", model="e:latest"))
+    [refused] = [message for message in rig.take() if isinstance(message, Refused)]
+    assert "evict a busy model for e:latest" in refused.reason
+    rig.assign(b"c")  # another slot of the model that is loaded
+    rig.feed(first, FINAL)
+    rig.session.eof(first, rig.now)
+    rig.handle(Cancel(rid=b"c"))
+    rig.assign(b"d", digest="d2", model="e:latest")  # nothing is busy any more
 
 
 def test_draining_refuses_and_can_end() -> None:

@@ -42,6 +42,10 @@ def test_without_entries_the_environment_decides() -> None:
         EngineAddress("http://b:11434", 4),
     )
     assert engine_addresses(("a",), {"OLLAMA_NUM_PARALLEL": "0"}) == (EngineAddress("http://a:11434", 1),)
+    assert engine_addresses(("a,models=2", "b,slots=3"), {"OLLAMA_MAX_LOADED_MODELS": "5"}) == (
+        EngineAddress("http://a:11434", 1, 2),
+        EngineAddress("http://b:11434", 3, 5),
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,13 +55,15 @@ def test_without_entries_the_environment_decides() -> None:
         ("a,slots=4097",),
         ("a,slots=²",),
         ("a,slots=many",),
+        ("a,models=0",),
+        ("models=2",),
         ("slots=2",),
         ("a", "http://a:11434"),
         ("a,",),
     ],
 )
 def test_entries_that_are_wrong(entries: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError, match=r"slots|address|twice"):
+    with pytest.raises(UsageError, match=r"slots|models|address|twice"):
         engine_addresses(entries, {})
 
 
