@@ -49,6 +49,7 @@ import random
 import time
 import uuid
 from abc import ABC, abstractmethod
+from asyncio import sleep
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -825,7 +826,7 @@ class AsyncClient(_Requests):
                 for attempt in range(tries, policy.tries_max):
                     delay_s = policy.delay_s(attempt, self._rng)
                     logger.info("reconnecting in %.2f s, try %d: %s", delay_s, attempt + 1, cause)
-                    await asyncio.sleep(delay_s)
+                    await sleep(delay_s)
                     try:
                         return await self._open()
                     except NotConnectedError as error:
@@ -882,7 +883,7 @@ class AsyncClient(_Requests):
         for number in itertools.count():
             request = await self._mending.get()
             if pause_s := max(self._mend_pause_s, MEND_PAUSE_S if number >= MEND_BURST else 0.0):
-                await asyncio.sleep(pause_s)
+                await sleep(pause_s)
             if self._find(request.id) is not request:
                 continue
             if request.phase is _Phase.RESENT and request.stopped:
