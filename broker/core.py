@@ -252,11 +252,11 @@ class BrokerCore:
                 self._unclaimed(request, now)
         if self._window.until <= now:
             self._close_window()
-        for gateway in self.state.gateways.values():
-            while gateway.gapped:
-                self._tell_gap(self.state.requests[gateway.gapped.pop()])
         if now >= self._next_beat:
             self._next_beat = now + HEARTBEAT_INTERVAL_S
+            for gateway in self.state.gateways.values():
+                while gateway.gapped:  # not sooner: it is behind, and each gap brings a replay
+                    self._tell_gap(self.state.requests[gateway.gapped.pop()])
             for worker in self.state.workers.values():
                 self._send(Side.WORKER, worker.peer, Beat())
             for gateway in self.state.gateways.values():

@@ -14,13 +14,15 @@ from cli.settings import BrokerOption, ClientSettings
 from common import process, protocol
 from common.command import ConfigOption, JsonOption
 from common.config import host_port
-from common.errors import Code, ProtocolError, UnreachableError, UsageError
+from common.errors import Code, ProcessError, ProtocolError, UnreachableError, UsageError
 from common.protocol import Admin, Engine, Error, Host, Job, Model, Query, Snapshot, short_name
 from common.transport import Socket
 
 ANSWER_S: Final = 2.0
 """A broker answers in a millisecond; what takes longer is not there."""
 WAIT_S: Final = 0.5
+GONE_S: Final = 15.0
+"""Longer than a host takes to register with a broker that was restarted."""
 
 T = TypeVar("T")
 
@@ -163,20 +165,42 @@ def drain(
 
 async def _drain(brokers: str, name: str, *, wait: bool) -> int:
     snapshot = await ask(brokers, Admin(id=1, action="drain", target=name))
-    told = -1
-    while found := next((host for host in snapshot.hosts if host.name == name), None):
-        left = sum(sum(slots.values()) for slots in found.busy.values()) + found.kept
-        if not wait or not left:
-            break
-        if left != told:
-            told = left
-            print(f"{name}: {left} requests run or can be resumed from it", file=sys.stderr)
-        await asyncio.sleep(WAIT_S)
-        # What was said may have been lost with a line; the host's own word counts.
-        question = Query(id=1, what="hosts") if found.draining else Admin(id=1, action="drain", target=name)
-        snapshot = await ask(brokers, question)
+    if wait:
+        await _until_idle(brokers, name, snapshot)
     print(f"{name} takes no new requests.")
     return 0
+
+
+async def _until_idle(brokers: str, name: str, snapshot: Snapshot) -> None:
+    """Wait until nothing is left on a host.
+
+    Raises:
+        ProcessError: the host, or every broker, is gone for longer than a restart takes, so that nobody can tell.
+    """
+    clock = asyncio.get_running_loop().time
+    told, seen_at = -1, clock()
+    while True:
+        host = next((host for host in snapshot.hosts if host.name == name), None)
+        if host is not None:
+            seen_at = clock()
+            left = sum(sum(slots.values()) for slots in host.busy.values()) + host.kept
+            if host.draining and not left:
+                return
+            if left != told:
+                told = left
+                print(f"{name}: {left} requests run or can be resumed from it", file=sys.stderr)
+        elif clock() - seen_at > GONE_S:
+            raise ProcessError(
+                f"{name} has been gone for {GONE_S:.0f} s: whether it had finished what it was doing cannot be told."
+            )
+        await asyncio.sleep(WAIT_S)
+        # What was said may have been lost with a line or a broker; the host's own word counts.
+        again = host is not None and not host.draining
+        snapshot = Snapshot()
+        with contextlib.suppress(UnreachableError, UsageError):
+            snapshot = await ask(
+                brokers, Admin(id=1, action="drain", target=name) if again else Query(id=1, what="hosts")
+            )
 
 
 def resume(

@@ -237,9 +237,7 @@ class Admin(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """A sign of life. A worker's carries the number of events of every lease it streams."""
-
-    tops: dict[bytes, int] = {}
+    """A sign of life."""
 
 
 class Probe(Message, frozen=True):

@@ -30,6 +30,10 @@ class Brokers:
             self._since[broker] = now
         self._heard[broker] = now
 
+    def heard_at(self, broker: int) -> float:
+        """When it was last heard of; -inf if never."""
+        return self._heard[broker]
+
     def lives(self, broker: int, now: float) -> bool:
         """Whether it was heard of in the last three heartbeats."""
         return now - self._heard[broker] <= SILENCE_S

@@ -181,6 +181,11 @@ class Socket:
         """Send if the peer takes it at once; the caller keeps what is refused (a DEALER with its own buffer)."""
         return not self._outboxes and self._try(b"", frame) is Sent.OK
 
+    @property
+    def idle(self) -> bool:
+        """Whether libzmq took all there was to send."""
+        return not self._outboxes
+
     def discard(self) -> None:
         """Drop what waits in the outboxes: the peer it was for is gone."""
         self._outboxes.clear()

@@ -4,7 +4,10 @@ Theory of operation
 -------------------
 The shell hands in messages (`handle`) and the time (`tick`) and sends what `take` returns; what happens to a stream is
 told to its sink at once. One of the brokers is served (common/standby.py). To it the gateway says `hello`, and once it
-answered with a snapshot, submits again every stream that has no terminal: the broker may be another process now.
+answered with a snapshot, submits again every stream that has no terminal: the broker may be another process now. That
+goes in portions, each when the broker has taken the one before (`resubmit`): all at once could be more than a line
+takes, and would cut it again and again. What else there is to say of a stream that waits for its turn is left out, as
+its submission says it too.
 
 A stream has one of three listeners:
 
@@ -44,10 +47,14 @@ from common.protocol import (
     Who,
 )
 from common.standby import Brokers
-from gateway.session import Moved, Output, Over, Stream, ToBroker
+from gateway.session import Histories, Moved, Output, Over, Stream, ToBroker
 
 ATTACHES_MAX: Final = 10_000
 """Resumes that wait for the broker's answer, on all connections; one more is told that there is no broker."""
+
+PORTION_MESSAGES: Final = 200
+PORTION_BYTES: Final = 8 * 2**20
+"""What is submitted again at once after a break; the last message may exceed the bytes."""
 
 Sink = Callable[[Output], None]
 """Hears everything about one stream that is for its client; the last is `Over` or `Moved`."""
@@ -81,7 +88,17 @@ class Attachment:
 class Link:
     """One per gateway process; `name` is unique per process start."""
 
-    def __init__(self, name: str, brokers: int, now: float, *, lost_s: float, resume_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        brokers: int,
+        now: float,
+        *,
+        lost_s: float,
+        resume_s: float = 0.0,
+        histories: Histories | None = None,
+        portion: int = PORTION_MESSAGES,
+    ) -> None:
         self.name = name
         self.connected = False
         self.greeting = True
@@ -93,6 +110,9 @@ class Link:
         self._resume_s = resume_s
         self._streams: dict[bytes, tuple[Stream, Sink]] = {}
         self._attachments: dict[int, Attachment] = {}
+        self._due: dict[bytes | int, None] = {}  # streams and attachments of which the broker is still to hear again
+        self._histories = histories or Histories()
+        self._portion = portion
         self._number = 0
         self._welcome_due = True
         self._served_at = now
@@ -109,6 +129,11 @@ class Link:
         """Requests without a terminal."""
         return len(self._streams)
 
+    @property
+    def resubmits(self) -> bool:
+        """Whether something waits to be submitted again: call `resubmit` when all that was told has been taken."""
+        return bool(self._due)
+
     def take(self) -> list[Tell]:
         """What is to be sent, in order."""
         out, self._out = self._out, []
@@ -118,7 +143,7 @@ class Link:
 
     def submit(self, submit: Submit, body: bytes, sink: Sink, now: float) -> Stream:
         """A new request."""
-        stream = Stream(submit, body, now)
+        stream = Stream(submit, body, now, histories=self._histories)
         self._streams[submit.rid] = stream, sink
         self._carry_out(stream, stream.submission(now))
         return stream
@@ -126,7 +151,9 @@ class Link:
     def attach(self, attachment: Attachment) -> bool:
         """A client is back and wants its request; False: too many are waiting for the broker."""
         if len(self._attachments) >= ATTACHES_MAX:
-            return False
+            self._attachments = {number: old for number, old in self._attachments.items() if old.waits()}
+            if len(self._attachments) >= ATTACHES_MAX:
+                return False
         self._number += 1
         self._attachments[self._number] = attachment
         self._tell(Attach(id=self._number, client=attachment.client, ref=attachment.ref))
@@ -146,7 +173,8 @@ class Link:
             self._streams[stream.submit.rid] = stream, _deaf
             stream.absent_since = now
             self._carry_out(stream, stream.unpause(now))
-            self._tell(Detach(rid=stream.submit.rid))
+            if stream.submit.rid not in self._due:
+                self._tell(Detach(rid=stream.submit.rid))
 
     def forget(self, stream: Stream, reason: str) -> None:
         """Nobody listens to the stream any more: stop it, and hear nothing of it."""
@@ -187,8 +215,7 @@ class Link:
                 if entry is None:
                     self._on_foreign(message, rid)
                 elif isinstance(message, Detached):
-                    del self._streams[rid]
-                    entry[1](Moved())
+                    self._let_go(rid)
                 else:
                     self._carry_out(entry[0], entry[0].handle(message, payload, now))
 
@@ -196,6 +223,27 @@ class Link:
         """The line is down: greet again."""
         self.connected = False
         self.greeting = self._welcome_due = True
+        self._due.clear()
+
+    def resubmit(self, now: float) -> None:
+        """Tell the broker of the next portion of what it may not know."""
+        size = 0
+        for _ in range(min(self._portion, len(self._due))):
+            key = next(iter(self._due))
+            del self._due[key]
+            if isinstance(key, int):
+                attachment = self._attachments.get(key)
+                if attachment is not None and attachment.waits():
+                    self._tell(Attach(id=key, client=attachment.client, ref=attachment.ref))
+                else:
+                    self._attachments.pop(key, None)
+            elif key in self._streams:
+                stream, _ = self._streams[key]
+                submission = stream.submission(now)
+                size += sum(len(output.payload) for output in submission if isinstance(output, ToBroker))
+                self._carry_out(stream, submission)
+            if size >= PORTION_BYTES:
+                return
 
     def greeted(self) -> None:
         """`hello` was sent."""
@@ -215,12 +263,17 @@ class Link:
             if not self.greeting:
                 self._out.append(Tell(self.broker, Beat()))
             for stream, _ in list(self._streams.values()) if self.connected else ():
-                self._carry_out(stream, stream.tick(now))
+                if stream.submit.rid not in self._due:
+                    self._carry_out(stream, stream.tick(now))
         return changed
 
     def away(self, now: float) -> bool:
         """Whether the broker has not answered for three heartbeats."""
         return not self.connected and not self._brokers.lives(self._brokers.active, now)
+
+    def heard_at(self, broker: int) -> float:
+        """When that broker was last heard of; -inf if never."""
+        return self._brokers.heard_at(broker)
 
     def next_deadline(self) -> float:
         """When `tick` should be called at the latest."""
@@ -232,10 +285,8 @@ class Link:
 
     def _welcomed(self, now: float) -> None:
         self.connected, self._served_at = True, now
-        for stream, _ in list(self._streams.values()):
-            self._carry_out(stream, stream.submission(now))
-        for number, attachment in self._attachments.items():
-            self._tell(Attach(id=number, client=attachment.client, ref=attachment.ref))
+        self._due = dict.fromkeys([*self._streams, *self._attachments])
+        self.resubmit(now)
 
     def _on_attached(self, message: Attached, payload: bytes, now: float) -> None:
         attachment = self._attachments.pop(message.id, None)
@@ -246,15 +297,21 @@ class Link:
             attachment.answered(None, None)
         elif attachment.waits():
             # Only now it changes hands: a client that has gone on to another gateway must not lose it there.
-            here = self._streams.pop(submit.rid, None)
-            if here is not None:
-                here[1](Moved())
+            if submit.rid in self._streams:
+                self._let_go(submit.rid)
             body, events = payload[: submit.body_bytes], payload[submit.body_bytes :]
-            stream = Stream(submit, body, now, wanted=attachment.wanted, events=events)
+            stream = Stream(submit, body, now, histories=self._histories, wanted=attachment.wanted, events=events)
             self._streams[submit.rid] = stream, attachment.sink
             self._carry_out(stream, stream.submission(now))
             attachment.answered(stream, None)
             self._carry_out(stream, stream.seed())
+
+    def _let_go(self, rid: bytes) -> None:
+        """The stream goes on elsewhere."""
+        stream, sink = self._streams.pop(rid)
+        self._due.pop(rid, None)
+        stream.forget_history()
+        sink(Moved())
 
     def _on_foreign(self, message: Message, rid: bytes) -> None:
         """Of a request that is over here."""
@@ -281,11 +338,13 @@ class Link:
         rid = stream.submit.rid
         for output in outputs:
             if type(output) is ToBroker:
-                self._tell(output.message, output.payload)
+                if rid not in self._due:
+                    self._tell(output.message, output.payload)
                 continue
             _, sink = self._streams[rid]  # looked up anew: the last one may have been the reason to forget it
             if type(output) is Over:
                 del self._streams[rid]
+                self._due.pop(rid, None)
             sink(output)
 
     def _tell(self, message: Message, payload: bytes = b"") -> None:

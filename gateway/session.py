@@ -58,6 +58,8 @@ REPLAYS_FRUITLESS_MAX: Final = 30
 """After so many in a row nobody has the events, or nobody gets them through."""
 HISTORY_BYTES_MAX: Final = 4 * 2**20
 """Events kept of a stream so that it can be continued; a longer one ends with its host."""
+HISTORIES_BYTES_MAX: Final = 512 * 2**20
+"""The same for all streams of a gateway: one that finds no room ends with its host."""
 
 
 class Phase(Enum):
@@ -118,6 +120,13 @@ class Moved:
     """The client came back elsewhere, or through another stream: nothing more comes here."""
 
 
+class Histories:
+    """The room that the streams of a gateway share for their histories."""
+
+    def __init__(self, bytes_max: int = HISTORIES_BYTES_MAX) -> None:
+        self.bytes_left = bytes_max
+
+
 Output = ToBroker | Waits | Begins | Events | Over | Moved
 
 _AT_ONCE: Final = frozenset({Code.CANCELLED, Code.DEADLINE_EXCEEDED})
@@ -129,10 +138,19 @@ class Stream:
     """One request. `now` is monotonic; `*_at` attributes are when things were first seen.
 
     `body` may be empty for a stream that was resumed: it comes with the replay. `events` are those that a waiting
-    continuation has already (`submit.next_seq` of them).
+    continuation has already (`submit.next_seq` of them). One that goes on elsewhere is told to `forget_history`.
     """
 
-    def __init__(self, submit: Submit, body: bytes, now: float, *, wanted: int = 0, events: bytes = b"") -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        body: bytes,
+        now: float,
+        *,
+        histories: Histories,
+        wanted: int = 0,
+        events: bytes = b"",
+    ) -> None:
         self.submit = submit
         self.body = body
         self.phase = Phase.WAITING if submit.accepted else Phase.SUBMITTED
@@ -155,8 +173,10 @@ class Stream:
         self._replay_asked_at: float | None = None
         self._replay_bytes = 0
         self._replays_fruitless = 0
+        self._histories = histories
         self._history: list[bytes] | None = [events] if submit.migrate else None
         self._history_bytes = len(events)
+        histories.bytes_left -= len(events)  # whether there is room or not: it waits for a host that continues it
 
     @property
     def attempts(self) -> int:
@@ -220,7 +240,7 @@ class Stream:
                     self._top = max(self._top, message.top)
                     return self._ask_replay(now)
             case Forgotten():
-                if message.attempt == self.attempt:
+                if message.attempt == self.attempt and not self._lost:
                     return self._on_forgotten(message, now)
             case End() | Failed():
                 return self._on_terminal(message, payload, now)
@@ -243,7 +263,9 @@ class Stream:
 
     def unpause(self, now: float) -> list[Output]:
         """The client reads again."""
-        self._paused = False
+        if self._paused:
+            self._paused = False
+            self._replay_asked_at = None  # what it brought meanwhile was let go
         return self._ask_replay(now)
 
     def tick(self, now: float) -> list[Output]:
@@ -294,7 +316,7 @@ class Stream:
         self._replays_fruitless = 0
         events = Events(chunk.seq + skip, chunk.n, payload, skip)
         if self._history is not None:
-            self._remember(events)
+            self._remember(payload if not skip else b"\n".join([*events.lines(), b""]))
         out: list[Output] = [events]
         if self._replay_asked_at is not None:
             self._replay_bytes -= len(payload)
@@ -305,20 +327,25 @@ class Stream:
             out += self._ask_replay(now)
         return out
 
-    def _remember(self, events: Events) -> None:
+    def _remember(self, payload: bytes) -> None:
         assert self._history is not None
-        payload = events.payload if not events.skip else b"\n".join([*events.lines(), b""])
         self._history_bytes += len(payload)
-        if self._history_bytes > HISTORY_BYTES_MAX:
-            self._history = None
-        else:
-            self._history.append(payload)
+        self._histories.bytes_left -= len(payload)
+        self._history.append(payload)
+        if self._history_bytes > HISTORY_BYTES_MAX or self._histories.bytes_left < 0:
+            self.forget_history()
+
+    def forget_history(self) -> None:
+        """From now on it can't be continued; for one that goes on elsewhere."""
+        self._histories.bytes_left += self._history_bytes
+        self._history, self._history_bytes = None, 0
 
     def _on_forgotten(self, forgotten: Forgotten, now: float) -> list[Output]:
         if forgotten.base <= self.next_seq:
             return self._ask_replay(now)
         if forgotten.base <= self.wanted:
-            self.next_seq, self._history, self._replay_asked_at = forgotten.base, None, None
+            self.forget_history()
+            self.next_seq, self._replay_asked_at = forgotten.base, None
             return self._ask_replay(now)
         text = f"the events from {max(self.next_seq, self.wanted)} on are no longer kept"
         failed = self._failure(Code.RESUME_GAP, text)
@@ -412,5 +439,6 @@ class Stream:
     def _finish(self, over: Over) -> list[Output]:
         self.phase = Phase.OVER
         self.body = b""
-        self._history = self._terminal = self._replay_asked_at = None
+        self.forget_history()
+        self._terminal = self._replay_asked_at = None
         return [over, ToBroker(Ack(rid=self.submit.rid))]

@@ -19,6 +19,7 @@ log = Log("gateway")
 
 QUERIES_MAX: Final = 64
 HELLO_INTERVAL_S: Final = 0.05
+PORTION_INTERVAL_S: Final = 0.005
 DIAL_AGAIN_S: Final = 10.0
 """A broker that has been silent for so long is dialled with a new socket."""
 
@@ -36,7 +37,9 @@ class Upstream:
         self._migrate = migrate
         self._loop = asyncio.get_running_loop()
         name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-        self._link = Link(name, len(brokers), self._loop.time(), lost_s=lost_s, resume_s=resume_s)
+        now = self._loop.time()
+        self._link = Link(name, len(brokers), now, lost_s=lost_s, resume_s=resume_s)
+        self._dialled_at = [now] * len(brokers)
         self._queries: dict[int, asyncio.Future[Snapshot]] = {}
         self._query_id = 0
         self.changed = asyncio.Event()
@@ -170,7 +173,6 @@ class Upstream:
         """Keep the line alive, until cancelled."""
         link = self._link
         absent = False
-        dial_at = self._loop.time() + DIAL_AGAIN_S
         while True:
             was_connected = link.connected
             now = self._loop.time()
@@ -182,19 +184,20 @@ class Upstream:
                 absent = True
             elif link.connected:
                 absent = False
-            if not link.away(now):
-                dial_at = now + DIAL_AGAIN_S
-            elif now >= dial_at:
-                dial_at = now + DIAL_AGAIN_S
-                self._sockets[link.broker].dial_again()
+            for index, line in enumerate(self._sockets):
+                if now - max(link.heard_at(index), self._dialled_at[index]) > DIAL_AGAIN_S:
+                    self._dialled_at[index] = now
+                    line.dial_again()
+            line = self._sockets[link.broker]
             if link.greeting:
-                line = self._sockets[link.broker]
                 line.discard()
                 if line.offer(protocol.encode(link.hello())):
                     link.greeted()
+            elif link.resubmits and line.idle:
+                link.resubmit(now)
             self._flush()
-            due = link.next_deadline() - self._loop.time()
-            await asyncio.sleep(min(HELLO_INTERVAL_S, due) if link.greeting else max(0.01, due))
+            pause_s = PORTION_INTERVAL_S if link.resubmits else 1.0 if link.connected else HELLO_INTERVAL_S
+            await asyncio.sleep(min(pause_s, max(0.01, link.next_deadline() - self._loop.time())))
 
     async def broken(self) -> None:
         """Ends only by raising: a bug met while reading."""

@@ -161,6 +161,8 @@ class Connection:
     def revoke(self) -> None:
         """The client may not be here any more."""
         self._gone_for_good = True
+        self._outbox.clear()
+        self._leave_streams()
         self._close(POLICY_VIOLATION, "this client was revoked")
 
     # Authentication ---------------------------------------------------------------------------------------------------
@@ -215,13 +217,16 @@ class Connection:
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
-            upstream = self._services.upstream
-            leave = upstream.park if self._resumes and not self._gone_for_good else upstream.forget
-            streams = list(self._streams.values())
-            self._streams.clear()  # first: what is being resumed sees that nobody waits for it any more
-            for stream in streams:
-                if stream.stream is not None:
-                    leave(stream.stream)
+            self._leave_streams()
+
+    def _leave_streams(self) -> None:
+        upstream = self._services.upstream
+        leave = upstream.park if self._resumes and not self._gone_for_good else upstream.forget
+        streams = list(self._streams.values())
+        self._streams.clear()  # first: what is being resumed sees that nobody waits for it any more
+        for stream in streams:
+            if stream.stream is not None:
+                leave(stream.stream)
 
     async def _read(self) -> None:
         while True:
@@ -229,6 +234,8 @@ class Connection:
                 data = await self._receive()
             except _Left:
                 return
+            if self._closing is not None:
+                continue  # it is told so, and asks elsewhere
             wait_s = self._bucket.take(self._loop.time())
             if wait_s:
                 self._refuse(data, wait_s)
@@ -415,8 +422,8 @@ class Connection:
                     for stream in list(self._streams.values()):
                         if stream.stream is not None:
                             self._services.upstream.unpause(stream.stream)
-            if self._closing is not None and not self._outbox:
-                raise self._closing
+            if self._closing is not None:
+                raise self._closing  # `run` writes what is left, and it must not grow meanwhile
 
     async def _write(self, frames: list[bytes], *, trusted: bool = False) -> None:
         if self._batches:

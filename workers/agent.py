@@ -161,7 +161,7 @@ class _Agent:
             Socket("dealer", partial(self._on_frame, index), on_batch=self._pump, hwm=HWM) for index in range(brokers)
         ]
         self._serve(0)
-        self._dialled_at = self._now()
+        self._dialled_at = [self._now()] * brokers
 
     def close(self) -> None:
         for task in self._tasks.values():
@@ -206,10 +206,10 @@ class _Agent:
             self._rescheduled.clear()
             now = self._now()
             self._carry_out(self._session.tick(now))
-            if now - max(self._session.heard_at, self._dialled_at) > DIAL_AGAIN_S:
-                self._dialled_at = now
-                self.sockets[self._broker].dial_again()
-                self._serve(self._broker)
+            for index, line in enumerate(self.sockets):
+                if now - max(self._session.heard_at(index), self._dialled_at[index]) > DIAL_AGAIN_S:
+                    self._dialled_at[index] = now
+                    line.dial_again()
             self._pump()
 
     async def send_rest(self) -> None:

@@ -349,10 +349,9 @@ class Session:
         self._state_due = True
         return True
 
-    @property
-    def heard_at(self) -> float:
-        """When the broker last said something."""
-        return self._heard_at
+    def heard_at(self, broker: int) -> float:
+        """When that broker was last heard of; -inf if never."""
+        return self._brokers.heard_at(broker)
 
     @property
     def leases(self) -> int:
@@ -702,8 +701,7 @@ class Session:
                 return False
             self._state_due = False
         if self._beat_due:
-            tops = {lease.rid: lease.top for lease in self._leases.values() if lease.state is not LeaseState.DELIVERED}
-            if not offer(encode(protocol.Beat(tops=tops))):
+            if not offer(encode(protocol.Beat())):
                 return False
             self._beat_due = False
         while self._notes:

@@ -17,7 +17,7 @@ import workers.agent
 import workers.ollama
 from common.errors import Code
 from common.protocol import Failed, Submit
-from gateway.session import Over, Stream
+from gateway.session import Histories, Over, Stream
 from gateway.settings import GatewaySettings
 from gateway.websocket import Closed, Connection, Services
 from tests.fabric import Fabric
@@ -253,7 +253,9 @@ def connection_of(submitted: list[Stream]) -> Connection:
 
     def submit(**_: Any) -> Stream:
         rid = struct.pack("!QQ", 0, len(submitted))
-        submitted.append(Stream(Submit(rid=rid, client="c", ref="r", model="m", path="/"), b"", 0.0))
+        submitted.append(
+            Stream(Submit(rid=rid, client="c", ref="r", model="m", path="/"), b"", 0.0, histories=Histories())
+        )
         return submitted[-1]
 
     services = SimpleNamespace(
@@ -273,6 +275,37 @@ async def test_a_request_of_a_client_that_does_not_read_is_paused_too() -> None:
     connection.push(b"x" * 1001)
     connection._handle(json.dumps(job | {"id": "2"}))
     assert [stream._paused for stream in submitted] == [True, True]
+
+
+async def test_a_revoked_client_that_does_not_read_costs_nothing_more() -> None:
+    """Its line may hold back what was being written for as long as it likes."""
+    submitted: list[Stream] = []
+    forgotten: list[Stream] = []
+    connection = connection_of(submitted)
+    connection._services.upstream.forget = forgotten.append  # type: ignore[method-assign, assignment]
+    connection._resumes = True
+    for ref in ("1", "2"):
+        connection._handle(json.dumps({"type": "generate", "id": ref, "model": "m", "prompt": "p"}))
+    connection.push(b"x")
+    connection.revoke()
+    assert forgotten == submitted
+    assert not connection._outbox
+
+
+async def test_a_connection_that_is_to_close_writes_no_more_than_what_waits() -> None:
+    """Streams that went on would keep it open as long as they last."""
+    connection = connection_of([])
+
+    async def write(frames: list[bytes]) -> None:
+        assert frames == [b"first"]
+        connection.push(b"second")
+
+    connection._write = write  # type: ignore[method-assign, assignment]
+    connection.push(b"first")
+    connection.dismiss()
+    with pytest.raises(Closed):
+        await connection._write_outbox()
+    assert list(connection._outbox) == [b"second"]
 
 
 async def test_refusals_are_forgiven_in_time() -> None:

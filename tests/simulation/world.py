@@ -395,7 +395,8 @@ class GatewayNode(Node):
 
     def born(self) -> None:
         name = f"g{self.index}-{self.world.rng.getrandbits(32):08x}"
-        self.link = Link(name, len(self.lines), self.world.now, lost_s=60.0)
+        # A portion so small that breaks fall between two, too.
+        self.link = Link(name, len(self.lines), self.world.now, lost_s=60.0, portion=self.world.rng.choice([1, 3, 200]))
         for line in self.lines:
             line.dial()
         self._tick()
@@ -426,8 +427,11 @@ class GatewayNode(Node):
         if self.link.greeting and line.open:
             line.send(self.link.hello(), b"", up=True)
             self.link.greeted()
+        elif self.link.resubmits:
+            self.link.resubmit(self.world.now)
         self.flush()
-        pause = 0.05 if self.link.greeting else max(0.01, self.link.next_deadline() - self.world.now)
+        quick = self.link.greeting or self.link.resubmits
+        pause = 0.05 if quick else max(0.01, self.link.next_deadline() - self.world.now)
         self.soon(self.world.now + pause, self._tick)
 
 

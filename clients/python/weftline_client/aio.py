@@ -646,10 +646,10 @@ class AsyncClient(_Requests):
         """Enter a request into the table and send it; while a line is being opened, `_serve` will send it."""
         if self._line is None:
             raise NotConnectedError(NEVER_CONNECTED)
-        if request.id in self._requests:
+        if self._find(request.id) is not None:
+            # Also if it was left: until the server says that it ended, what comes with this id is of that one.
             raise InvalidRequestError("the id is in use", code="DUPLICATE_ID", request_id=request.id)
         self._requests[request.id] = request
-        self._left.pop(request.id, None)
         request.entered = time.monotonic()
         try:
             if self._line.done():

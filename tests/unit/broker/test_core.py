@@ -9,6 +9,7 @@ from broker.state import Phase
 from common import protocol
 from common.errors import Code, ProtocolError
 from common.protocol import (
+    HEARTBEAT_INTERVAL_S,
     Accepted,
     Assign,
     Beat,
@@ -751,6 +752,7 @@ def test_chunks_dropped_on_the_way_are_told_as_one_gap(h: Harness) -> None:
         h.overflowed(assign.rid)
     h.overflowed(rid_of("just removed"))
     h.sent(b"g1")
+    h.now += HEARTBEAT_INTERVAL_S
     h.tick()
     assert h.told(Gap) == [Gap(rid=assign.rid, attempt=assign.attempt, top=4)]
     h.tick()

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from common import protocol
-from common.protocol import Message, Query
+from common.protocol import Admin, Message, Query
 from common.transport import Socket
 from tests.unit.client.fake_gateway import FakeGateway
 
@@ -73,18 +73,23 @@ def write_config(folder: Path, pem: bytes, url: str, client_id: str = "me") -> P
     return path
 
 
-BrokerOf = Callable[[Message | bytes], "contextlib.AbstractContextManager[str]"]
+BrokerOf = Callable[..., "contextlib.AbstractContextManager[str]"]
 
 
 @pytest.fixture
 def broker_of(portal: BlockingPortal) -> BrokerOf:
-    """A broker that has one answer for every query; its address."""
+    """A broker that gives these answers in turn, the last for ever; its address. What it is asked goes to `asked`."""
 
     @contextlib.asynccontextmanager
-    async def broker(answer: Message | bytes) -> AsyncIterator[str]:
+    async def broker(*answers: Message | bytes, asked: list[Message] | None = None) -> AsyncIterator[str]:
+        left = list(answers)
+
         def on_frame(peer: bytes, frame: bytes) -> None:
             message, _ = protocol.from_gateway.decode(frame)
-            assert isinstance(message, Query)
+            assert isinstance(message, Query | Admin)
+            if asked is not None:
+                asked.append(message)
+            answer = left.pop(0) if len(left) > 1 else left[0]
             socket.send(answer if isinstance(answer, bytes) else protocol.encode(answer), peer)
 
         socket = Socket("router", on_frame)
@@ -93,4 +98,4 @@ def broker_of(portal: BlockingPortal) -> BrokerOf:
         finally:
             socket.close()
 
-    return lambda answer: portal.wrap_async_context_manager(broker(answer))
+    return lambda *answers, **options: portal.wrap_async_context_manager(broker(*answers, **options))

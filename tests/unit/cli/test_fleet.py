@@ -9,7 +9,7 @@ from rich.console import Console
 from cli.fleet import age, print_table
 from cli.main import main
 from common.errors import Code
-from common.protocol import Beat, Engine, Error, Host, Job, Model, Snapshot
+from common.protocol import Admin, Beat, Engine, Error, Host, Job, Message, Model, Query, Snapshot
 from tests.unit.cli.conftest import BrokerOf
 
 LLAMA = Model(name="llama2:latest", digest="d1", slots=2, resident=True, size_bytes=7)
@@ -190,3 +190,67 @@ def test_a_table_on_a_terminal_folds_and_loses_nothing(
 )
 def test_ages(ms: int, said: str) -> None:
     assert age(ms) == said
+
+
+# Draining -------------------------------------------------------------------------------------------------------------
+
+
+def seen(*, left: int = 0, draining: bool = True) -> Snapshot:
+    """A snapshot in which gpu-1 has that much left to do."""
+    return Snapshot(id=1, what="hosts", hosts=(Host(name="gpu-1", engines=(), kept=left, draining=draining),))
+
+
+GONE = Snapshot(id=1, what="hosts")
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.fleet.WAIT_S", 0.001)
+    monkeypatch.setattr("cli.fleet.GONE_S", 0.2)
+
+
+def test_drain_asks_the_broker_and_is_done(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Message] = []
+    with broker_of(seen(left=3), asked=asked) as address:
+        assert main(["drain", "gpu-1", "--broker", address]) == 0
+    assert asked == [Admin(id=1, action="drain", target="gpu-1")]
+    assert capsys.readouterr().out == "gpu-1 takes no new requests.\n"
+
+
+@pytest.mark.usefixtures("hurried")
+def test_drain_waits_until_nothing_is_left(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also while the broker is restarted: its first words know of no host, or of one that was not told."""
+    asked: list[Message] = []
+    answers = seen(left=2), seen(left=2), GONE, seen(left=1, draining=False), GONE, seen(draining=False), seen(), GONE
+    with broker_of(*answers, asked=asked) as address:
+        assert main(["drain", "gpu-1", "--wait", "--broker", address]) == 0
+    drain, query = Admin(id=1, action="drain", target="gpu-1"), Query(id=1, what="hosts")
+    assert asked == [drain, query, query, query, drain, query, drain]
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [f"gpu-1: {left} requests run or can be resumed from it" for left in (2, 1, 0)]
+    assert shown.out == "gpu-1 takes no new requests.\n"
+
+
+@pytest.mark.usefixtures("hurried")
+def test_drain_of_a_host_that_goes_away_is_no_success(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> None:
+    with broker_of(seen(left=2), GONE) as address:
+        assert main(["drain", "gpu-1", "--wait", "--broker", address]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "gpu-1 has been gone for 0 s" in shown.err
+
+
+@pytest.mark.parametrize("command", [["drain"], ["drain", "--wait"], ["resume"]])
+def test_a_host_that_does_not_exist(
+    command: list[str], broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with broker_of(Error(code=Code.NOT_FOUND, message="cannot drain 'x'; the hosts are: gpu-1")) as address:
+        assert main([*command, "x", "--broker", address]) == 2
+    assert "the hosts are: gpu-1" in capsys.readouterr().err
+
+
+def test_resume_asks_the_broker(broker_of: BrokerOf) -> None:
+    asked: list[Message] = []
+    with broker_of(seen(draining=False), asked=asked) as address:
+        assert main(["resume", "gpu-1", "--broker", address]) == 0
+    assert asked == [Admin(id=1, action="resume", target="gpu-1")]

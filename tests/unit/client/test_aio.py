@@ -319,6 +319,10 @@ async def test_an_id_is_used_once_at_a_time(gateway: FakeGateway, settings: Mess
                 await client.generate("hi", request_id="mine")
             assert duplicate.value.code == "DUPLICATE_ID"
             await anext(aiter(first))
+        with pytest.raises(InvalidRequestError):
+            await client.generate("hi", request_id="mine")
+        while client._left:  # the server has not said yet that it ended
+            await client.ping()
         assert (await client.generate("hi", request_id="mine")).id == "mine"
 
 

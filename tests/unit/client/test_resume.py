@@ -777,16 +777,21 @@ async def test_what_is_remembered_is_bounded(
     assert [kind for kind in told(gateway) if kind != "generate"].count("stop") == 2
 
 
-async def test_an_id_that_is_used_again_is_the_new_requests(gateway: FakeGateway, settings: Message) -> None:
-    gateway.scripts |= {"generate": hold, "stop": nothing}
+async def test_the_id_of_a_request_that_was_left_is_in_use_until_its_end(
+    gateway: FakeGateway, settings: Message
+) -> None:
+    """What still comes with it would else be taken for the new request's."""
+    gateway.scripts |= {"generate": in_turn(hold, gateway.scripts["generate"]), "stop": nothing}
     async with AsyncClient(**settings) as client:
         async with client.generate("why?", stream=True, request_id="mine"):
             pass
         assert list(client._left) == ["mine"]
-        stream = client.generate("why?", stream=True, request_id="mine")
-        await stream.start()
-        assert client._left == {}
-        assert client.active == 1
+        with pytest.raises(InvalidRequestError, match="in use"):
+            await client.generate("why?", request_id="mine")
+        await gateway.lines[-1].token("mine", "not yours", 0)
+        await gateway.lines[-1].end("mine", 1, "cancelled")
+        await client.ping()
+        assert (await client.generate("hi", request_id="mine")).text == "hi"
 
 
 async def test_a_slow_reader_is_stopped_on_the_next_line_if_need_be(gateway: FakeGateway, settings: Message) -> None:

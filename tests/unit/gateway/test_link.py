@@ -36,7 +36,7 @@ from common.protocol import (
 )
 from common.standby import STEADY_S
 from gateway import link as link_module
-from gateway.link import Attachment, Link, Tell
+from gateway.link import PORTION_MESSAGES, Attachment, Link, Tell
 from gateway.session import REPLAYS_FRUITLESS_MAX, Begins, Events, Moved, Output, Over, Stream, Waits
 
 A1 = attempt_of(1, 7)
@@ -214,6 +214,95 @@ def test_signs_of_life_change_nothing(message: Message) -> None:
     assert client.heard == []
 
 
+# Submitting again in portions -----------------------------------------------------------------------------------------
+
+
+def again(rig: Rig, portion: list[Tell]) -> list[list[Message]]:
+    """This portion and the following."""
+    portions = [portion]
+    while rig.link.resubmits:
+        rig.link.resubmit(rig.now)
+        portions.append(rig.link.take())
+    return [[tell.message for tell in portion] for portion in portions]
+
+
+def test_ten_thousand_streams_are_submitted_again_in_portions() -> None:
+    rig = Rig()
+    for number in range(10_000):
+        rig.submit(str(number))
+    rig.attach("resumed")
+    rig.link.take()
+    rig.link.lost()
+    portions = again(rig, rig.connect())
+    assert [len(portion) for portion in portions] == [PORTION_MESSAGES] * 50 + [1]
+    refs = [message.ref for portion in portions for message in portion if isinstance(message, Submit | Attach)]
+    assert refs == [*map(str, range(10_000)), "resumed"]
+
+
+def test_large_requests_make_small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "PORTION_BYTES", 2 * len(BODY))
+    rig = Rig()
+    for number in range(5):
+        rig.submit(str(number))
+    rig.link.lost()
+    assert [len(portion) for portion in again(rig, rig.connect())] == [2, 2, 1]
+
+
+def test_what_waits_for_its_turn_is_not_spoken_of_before() -> None:
+    """Its submission says it all; a broker that does not know it would end it."""
+    rig = Rig()
+    rig.link._portion = 1
+    streams = [rig.submit(str(number), grace_ms=60_000)[0] for number in range(5)]
+    rig.link.lost()
+    portion = rig.connect()
+    rig.chunk(2, ref="1")
+    rig.link.cancel(streams[2], "stop")
+    rig.link.park(streams[3], rig.now)
+    rig.end(0, "4")
+    assert rig.pass_time(2, 0) == [False, False]
+    assert rig.told() == []
+    messages = [message for (message,) in again(rig, portion)[:4]]
+    assert [type(message) for message in messages] == [Submit, Submit, Cancel, Submit]
+    assert isinstance(messages[3], Submit)
+    assert messages[3].absent_ms == 2000
+    assert not rig.link.resubmits, "the last one is over"
+
+
+def test_what_was_over_while_it_waited_is_acknowledged() -> None:
+    rig = Rig()
+    rig.link._portion = 1
+    for number in range(3):
+        rig.submit(str(number))
+    rig.link.lost()
+    rig.connect()
+    assert rig.end(0, "1") == [Tell(0, Ack(rid=rid_of("1")))]
+    assert rig.hear(Detached(rid=rid_of("2"))) == []
+    assert not rig.link.resubmits
+    assert rig.link.streams == 1
+
+
+def test_a_break_between_two_portions_begins_anew() -> None:
+    rig = Rig()
+    rig.link._portion = 2
+    for number in range(3):
+        rig.submit(str(number))
+    rig.link.lost()
+    assert len(rig.connect()) == 2
+    rig.link.lost()
+    assert not rig.link.resubmits
+    assert [len(portion) for portion in again(rig, rig.connect())] == [2, 1]
+
+
+def test_questions_that_nobody_waits_for_are_not_asked_again() -> None:
+    rig = Rig()
+    client = rig.attach()
+    rig.link.take()
+    rig.link.lost()
+    client.there = False
+    assert rig.connect() == []
+    assert rig.hear(Attached(id=1, submit=back())) == []
+
+
 # Streams and who listens ----------------------------------------------------------------------------------------------
 
 
@@ -387,6 +476,16 @@ def test_what_went_to_another_gateway_is_gone_from_here() -> None:
     assert rig.link.streams == 0
 
 
+def test_the_room_of_what_went_elsewhere_is_free_again() -> None:
+    rig = Rig()
+    before = rig.link._histories.bytes_left
+    rig.submit()
+    rig.chunk(0)
+    assert rig.link._histories.bytes_left == before - len(lines(0, 1))
+    rig.hear(Detached(rid=rid_of("r")))
+    assert rig.link._histories.bytes_left == before
+
+
 def test_there_is_none() -> None:
     rig = Rig()
     client = rig.attach()
@@ -449,10 +548,14 @@ def test_questions_are_asked_again_after_a_break_and_answered_once() -> None:
 def test_resumes_that_wait_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "ATTACHES_MAX", 2)
     rig = Rig(connected=False)
-    rig.attach("1")
-    rig.attach("2")
+    one, _ = [rig.attach(ref) for ref in ("1", "2")]
     client = Client()
     assert not rig.link.attach(rig.attachment(client, "3"))
+    one.there = False
+    assert rig.link.attach(rig.attachment(client, "3")), "one that nobody waits for gives way"
+    assert [tell.message for tell in rig.connect()] == [
+        Attach(id=number, client="c", ref=str(number)) for number in (2, 3)
+    ]
 
 
 # Time -----------------------------------------------------------------------------------------------------------------

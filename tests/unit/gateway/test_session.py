@@ -44,6 +44,7 @@ from gateway.session import (
     REPLAYS_FRUITLESS_MAX,
     Begins,
     Events,
+    Histories,
     Output,
     Over,
     Phase,
@@ -69,7 +70,8 @@ class Driver:
         self, body: bytes = BODY, *, path: str = "/api/generate", resumed: dict[str, Any] | None = None, **submit: Any
     ) -> None:
         message = Submit(rid=RID, client="c", ref="1", model="m", path=path, accepted=resumed is not None, **submit)
-        self.stream = Stream(message, body, 0.0, **(resumed or {}))
+        self.histories = Histories()
+        self.stream = Stream(message, body, 0.0, histories=self.histories, **(resumed or {}))
         self.seen: list[bytes] = []
         self.sent: list[Message] = []
         self.payloads: list[bytes] = []
@@ -319,6 +321,16 @@ def test_a_paused_stream_lets_events_go_and_asks_again() -> None:
     driver.chunk(1, 3)
     driver.expect(4)
     assert driver.other == [Over(end(4), b"")]
+
+
+def test_what_a_replay_brought_during_a_pause_is_asked_for_at_once() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.hear(Gap(rid=RID, attempt=A1, top=4))
+    driver.stream.pause()
+    driver.chunk(0, 4)
+    assert driver.take(driver.stream.unpause(1.1)) == [ToBroker(Replay(rid=RID, attempt=A1, start=0))]
+    assert driver.take(driver.stream.unpause(1.1)) == [], "it was not paused"
 
 
 def test_unpausing_after_the_end_asks_for_nothing() -> None:
@@ -619,6 +631,47 @@ def test_the_history_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert driver.other == [Over(failed, b"")]
 
 
+def test_all_histories_of_a_gateway_have_a_bound_together() -> None:
+    """The one that finds no room ends with its host; what is over gives its room back."""
+    one, other = Driver(), Driver()
+    room = one.histories.bytes_left
+    one.histories.bytes_left = len(lines(0, 5))
+    other.stream._histories = one.histories
+    for driver in (one, other):
+        driver.lease()
+        driver.chunk(0, 3)
+    failed = other.fail(3)
+    assert other.other == [Over(failed, b"")]
+    assert one.histories.bytes_left == len(lines(3, 2))
+    one.fail(3)
+    assert one.submitted()[1] == BODY + lines(0, 3)
+    one.lease(A2)
+    one.chunk(3, 1, A2)
+    one.hear(end(4, A2))
+    assert one.histories.bytes_left == len(lines(0, 5)) < room
+
+
+def test_what_a_continuation_has_already_is_kept_though_there_is_no_room() -> None:
+    resumed = {"events": lines(0, 2)}
+    driver = Driver(resumed=resumed, attempt=A1, lost=True, next_seq=2, continued=1)
+    assert driver.histories.bytes_left == session.HISTORIES_BYTES_MAX - len(lines(0, 2))
+    driver.expect(2)
+    driver.take(driver.stream.submission(1.0))
+    assert driver.submitted()[1] == BODY + lines(0, 2)
+
+
+@pytest.mark.parametrize("base", [1, 2])
+def test_news_of_an_attempt_that_was_left_behind_are_let_go(base: int) -> None:
+    driver = Driver()
+    driver.lease()
+    driver.chunk(0)
+    driver.fail(1)
+    assert driver.hear(Forgotten(rid=RID, attempt=A1, base=base)) == []
+    driver.lease(A2)
+    driver.chunk(1, 1, A2)
+    driver.expect(2)
+
+
 def too_long() -> bytes:
     return BODY[:-1] + b',"system":"%b"}' % (b"x" * (BODY_BYTES_MAX - len(BODY) - 20))
 
@@ -828,7 +881,7 @@ def test_a_resumed_stream_waits_for_a_worker_that_is_only_away() -> None:
     """It has the only copy. `retryable` says that it may come back; when it does not, this is the end."""
     away = Failed(rid=RID, attempt=A1, code=Code.WORKER_LOST, message="", retryable=True, resubmit=True)
     submit = Submit(rid=RID, client="c", ref="1", model="m", path="/api/generate", accepted=True, attempt=A1)
-    stream = Stream(submit, b"", 0.0, wanted=1)
+    stream = Stream(submit, b"", 0.0, histories=Histories(), wanted=1)
     assert stream.handle(end(2), b"", 1.0) == [ToBroker(Replay(rid=RID, attempt=A1, start=0))]
     assert stream.handle(away, b"", 1.0) == []
     assert stream.tick(1.0 + REPLAY_PATIENCE_S) == [ToBroker(Replay(rid=RID, attempt=A1, start=0))]
