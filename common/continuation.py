@@ -9,8 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What decoding somebody else's JSON may raise."""
+from common.ollama import UNREADABLE
 
 
 class _Message(msgspec.Struct):

@@ -237,7 +237,7 @@ class Link:
                     self._tell(Attach(id=key, client=attachment.client, ref=attachment.ref))
                 else:
                     self._attachments.pop(key, None)
-            elif key in self._streams:
+            else:
                 stream, _ = self._streams[key]
                 submission = stream.submission(now)
                 size += sum(len(output.payload) for output in submission if isinstance(output, ToBroker))

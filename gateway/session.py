@@ -10,6 +10,7 @@ Rules
 - A failure that may be retried (`resubmit`) is not the end if the request can run again: from the start if nothing has
   arrived, else as a continuation. For that the stream keeps the events it passed on, up to HISTORY_BYTES_MAX; without
   them, or if the job cannot be continued (common/continuation.py), the failure is the terminal.
+- A stream whose last line has come is complete, whatever became of its host: a failure after it is an end.
 - `ack` follows the terminal, always, so that the worker can forget the request.
 - While the client reads too slowly (`pause`), events are let go; `unpause` asks for them again. The worker has them.
 - A stream that was resumed starts again at event 0, so that it has all it needs to continue; what its client has
@@ -29,6 +30,7 @@ from msgspec.structs import replace
 
 from common.continuation import objection
 from common.errors import Code
+from common.ollama import LastLine, last_line
 from common.protocol import (
     ATTEMPTS_MAX,
     BODY_BYTES_MAX,
@@ -173,6 +175,7 @@ class Stream:
         self._replay_asked_at: float | None = None
         self._replay_bytes = 0
         self._replays_fruitless = 0
+        self._newest = events  # the last of these lines is the newest
         self._histories = histories
         self._history: list[bytes] | None = [events] if submit.migrate else None
         self._history_bytes = len(events)
@@ -313,6 +316,7 @@ class Stream:
         if self.first_event_at is None:
             self.first_event_at = now
         self.next_seq = end
+        self._newest = payload
         self._replays_fruitless = 0
         events = Events(chunk.seq + skip, chunk.n, payload, skip)
         if self._history is not None:
@@ -397,6 +401,10 @@ class Stream:
     def _conclude(self, over: Over, now: float) -> list[Output]:
         """All events before the terminal have been passed on: is it the end?"""
         failed = over.terminal
+        last = self._last_line() if isinstance(failed, Failed) else None
+        if last is not None:
+            end = End(rid=failed.rid, attempt=failed.attempt, seq=self.next_seq, stats=last.stats())
+            return self._finish(Over(end, b""))
         if not (isinstance(failed, Failed) and failed.resubmit and self._can_run_again()):
             cause = self._cause
             nowhere = isinstance(failed, Failed) and failed.code in _NOWHERE
@@ -409,6 +417,11 @@ class Stream:
         self.phase = Phase.WAITING
         self.continued += self.next_seq > 0
         return self.submission(now)
+
+    def _last_line(self) -> LastLine | None:
+        """The line that says that the answer is complete, if it has come."""
+        last = last_line(self._newest[self._newest[:-1].rfind(b"\n") + 1 :])
+        return last if last is not None and last.done else None
 
     def _can_run_again(self) -> bool:
         if not self.body or self.next_seq < self.wanted:
@@ -438,7 +451,7 @@ class Stream:
 
     def _finish(self, over: Over) -> list[Output]:
         self.phase = Phase.OVER
-        self.body = b""
+        self.body = self._newest = b""
         self.forget_history()
         self._terminal = self._replay_asked_at = None
         return [over, ToBroker(Ack(rid=self.submit.rid))]

@@ -32,7 +32,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType, json
 
-from common.continuation import UNREADABLE, objection
+from common.continuation import objection
+from common.ollama import UNREADABLE
 from common.protocol import BODY_BYTES_MAX
 
 RAW_PATH: Final = "/api/generate"

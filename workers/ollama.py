@@ -12,9 +12,9 @@ import msgspec
 
 from common.errors import ProcessError, UnreachableError, UsageError
 from common.logs import Log
+from common.ollama import UNREADABLE
 from common.protocol import Count, Engine, Model
 from workers.http import HttpClient
-from workers.session import NONSENSE
 from workers.settings import EngineAddress
 
 CONNECT_S: Final = 5.0
@@ -134,7 +134,7 @@ class Backend:
             self.engine = await self._ask()
         except (httpx.HTTPError, TimeoutError) as error:
             self.engine = self._down(str(error) or type(error).__name__)
-        except NONSENSE as error:
+        except UNREADABLE as error:
             self.engine = self._down(f"what it says is not what Ollama says: {error}")
         if self.engine.up and not before.up:
             log("engine up", url=self.engine.url, kind=self.engine.kind, models=len(self.engine.models))
@@ -183,7 +183,7 @@ class Backend:
             try:
                 body = msgspec.json.encode({"model": name})
                 show = msgspec.json.decode(await self._get("/api/show", body), type=_Show)
-            except (httpx.HTTPStatusError, *NONSENSE):
+            except (httpx.HTTPStatusError, *UNREADABLE):
                 continue
             if show.capabilities is not None:
                 self._embedding[digest] = "embedding" in show.capabilities and "completion" not in show.capabilities

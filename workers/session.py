@@ -49,6 +49,7 @@ import msgspec
 
 from common import protocol
 from common.errors import Code
+from common.ollama import UNREADABLE, last_line
 from common.protocol import (
     BODY_BYTES_MAX,
     CHUNK_BYTES_MAX,
@@ -84,8 +85,6 @@ NOTES_MAX: Final = 1000
 ERROR_TEXT_MAX: Final = 2000
 ASKED_WRONGLY: Final = ('option "', "invalid format:")
 """How the 500 begins with which Ollama answers a request that no engine could serve (handleScheduleError, FromMap)."""
-NONSENSE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What decoding an engine's answer may raise."""
 
 
 class LeaseState(Enum):
@@ -512,10 +511,10 @@ class Session:
             lease.partial.clear()
             if lease.by_lines:
                 # Half a line is no event: a continuation could not be told from it.
-                rest = rest + b"\n" if _final(rest) else b""
+                rest = rest + b"\n" if last_line(rest) else b""
             if rest and not self._take(lease, [rest], rest, now):
                 return
-        final = _final(lease.last)
+        final = last_line(lease.last)
         if lease.by_lines and not (final and final.done):
             text = f"the engine {lease.engine} ended its answer without a last line"
             self._fail(lease, Code.BACKEND_ERROR, text, now, retryable=True)
@@ -897,50 +896,13 @@ class Session:
 _ERROR_PREFIX: Final = b'{"error"'
 
 
-class _Final(msgspec.Struct):
-    """The counts in a stream's last line or a one-document answer (Ollama's api/types.go, `Metrics`); ns."""
-
-    done: bool = False
-    done_reason: str = ""
-    prompt_eval_count: int = 0
-    eval_count: int = 0
-    total_duration: int = 0
-    load_duration: int = 0
-    prompt_eval_duration: int = 0
-    eval_duration: int = 0
-
-    def stats(self) -> Stats:
-        return Stats(
-            done_reason=self.done_reason,
-            prompt_tokens=_count(self.prompt_eval_count),
-            completion_tokens=_count(self.eval_count),
-            total_ns=_count(self.total_duration),
-            load_ns=_count(self.load_duration),
-            prompt_ns=_count(self.prompt_eval_duration),
-            completion_ns=_count(self.eval_duration),
-        )
-
-
 class _Error(msgspec.Struct):
     """`{"error": "text"}` of Ollama, `{"error": {"message": "text"}}` of its OpenAI side."""
 
     error: Any = None
 
 
-_final_decoder = msgspec.json.Decoder(_Final, strict=False)
 _error_decoder = msgspec.json.Decoder(_Error)
-
-
-def _count(number: int) -> int:
-    """As it can travel: JSON's numbers have no bounds, msgpack's have."""
-    return min(max(number, 0), COUNT_MAX)
-
-
-def _final(line: bytes) -> _Final | None:
-    try:
-        return _final_decoder.decode(line)
-    except NONSENSE:
-        return None
 
 
 def _is_error(line: bytes) -> bool:
@@ -950,7 +912,7 @@ def _is_error(line: bytes) -> bool:
 def _error_text(body: bytes) -> str:
     try:
         error = _error_decoder.decode(body).error
-    except NONSENSE:
+    except UNREADABLE:
         return ""
     if isinstance(error, dict):
         error = error.get("message")

@@ -242,162 +242,6 @@ def test_a_gap_notice_is_answered_by_a_replay() -> None:
     assert driver.hear(Gap(rid=RID, attempt=A1, top=2)) == [ToBroker(Replay(rid=RID, attempt=A1, start=1))]
 
 
-@pytest.mark.parametrize("code", [Code.CANCELLED, Code.DEADLINE_EXCEEDED])
-def test_what_the_broker_ended_itself_counts_at_once(code: Code) -> None:
-    driver = Driver()
-    driver.lease()
-    failed = Failed(rid=RID, attempt=A1, code=code, message="", seq=5)
-    assert driver.hear(failed)[0] == Over(failed, b"")
-
-
-def test_another_failure_waits_for_its_events() -> None:
-    driver = Driver()
-    driver.lease()
-    driver.hear(Failed(rid=RID, attempt=A1, code=Code.BACKEND_ERROR, message="", seq=1), b"words")
-    assert driver.other == []
-    driver.chunk(0)
-    assert isinstance(driver.other[0], Over)
-    assert driver.other[0].payload == b"words"
-
-
-def test_a_lost_attempt_waits_again_and_starts_once() -> None:
-    driver = Driver()
-    driver.lease()
-    driver.hear(Started(rid=RID, attempt=A1, status=200))
-    driver.hear(Lost(rid=RID, attempt=A1))
-    assert driver.stream.phase is Phase.WAITING
-    driver.hear(Leased(rid=RID, attempt=A2, worker="w2", engine="e"), now=5.0)
-    driver.hear(Started(rid=RID, attempt=A2, status=200))
-    driver.chunk(0, 1, A2)
-    driver.expect(1)
-    assert (driver.stream.worker, driver.stream.attempts, driver.stream.leased_at) == ("w2", 2, 1.0)
-    assert driver.other == [Begins(200, "")]
-
-
-def test_cancelling_is_said_once_and_ends_with_whatever_comes_first() -> None:
-    driver = Driver()
-    driver.lease()
-    assert driver.take(driver.stream.cancel("stop")) == [ToBroker(Cancel(rid=RID, attempt=A1, reason="stop"))]
-    assert driver.stream.cancel("stop") == []
-    driver.chunk(1)  # no replay for a request that is being stopped
-    assert isinstance(driver.sent[-1], Cancel)
-    assert driver.stream.submission(3.0) == [ToBroker(Cancel(rid=RID, attempt=A1, reason="stop"))]
-    assert driver.hear(end(7))[0] == Over(end(7), b"")
-
-
-def test_a_resubmission_says_what_is_known_and_what_time_is_left() -> None:
-    driver = Driver(deadline_ms=5000)
-    driver.hear(Accepted(rid=RID))
-    driver.lease()
-    driver.chunk(0, 2)
-    (again,) = driver.stream.submission(2.0)
-    assert isinstance(again, ToBroker)
-    assert isinstance(again.message, Submit)
-    assert (again.message.next_seq, again.message.attempt, again.payload) == (2, A1, BODY)
-    assert (again.message.waited_ms, again.message.deadline_ms) == (2000, 3000)
-    driver.hear(Accepted(rid=RID))
-    assert driver.stream.phase is Phase.RUNNING
-
-
-def test_a_stream_can_be_abandoned() -> None:
-    driver = Driver()
-    driver.lease()
-    driver.chunk(0)
-    over, _ = driver.stream.abandon(Code.NO_WORKERS, "gone")
-    assert isinstance(over, Over)
-    assert (over.terminal.seq, driver.stream.phase) == (1, Phase.OVER)
-
-
-def test_a_paused_stream_lets_events_go_and_asks_again() -> None:
-    driver = Driver()
-    driver.lease()
-    driver.chunk(0)
-    assert driver.stream.unpause(1.0) == []
-    driver.stream.pause()
-    driver.chunk(1, 3)
-    driver.hear(end(4))
-    driver.expect(1)
-    assert driver.take(driver.stream.unpause(2.0)) == [ToBroker(Replay(rid=RID, attempt=A1, start=1))]
-    driver.chunk(1, 3)
-    driver.expect(4)
-    assert driver.other == [Over(end(4), b"")]
-
-
-def test_what_a_replay_brought_during_a_pause_is_asked_for_at_once() -> None:
-    driver = Driver()
-    driver.lease()
-    driver.hear(Gap(rid=RID, attempt=A1, top=4))
-    driver.stream.pause()
-    driver.chunk(0, 4)
-    assert driver.take(driver.stream.unpause(1.1)) == [ToBroker(Replay(rid=RID, attempt=A1, start=0))]
-    assert driver.take(driver.stream.unpause(1.1)) == [], "it was not paused"
-
-
-def test_unpausing_after_the_end_asks_for_nothing() -> None:
-    driver = Driver()
-    driver.lease()
-    driver.stream.pause()
-    driver.hear(end(0))
-    assert driver.stream.unpause(2.0) == []
-
-
-# A worker that answers ------------------------------------------------------------------------------------------------
-
-
-class Pair:
-    """A worker's session and a gateway's stream, and a broker that only passes on; it lets go what `lets_through` says.
-
-    What the worker says of its lease by itself it says once: the terminal too.
-    """
-
-    def __init__(self, body: bytes = BODY, **limits: Any) -> None:
-        self.now = 0.0
-        self.worker = Session("w", "epoch", Limits(**limits), self.now)
-        self.worker.set_engines((Engine(url="e", models=(Model(name="m", digest="d"),)),))
-        self.driver = Driver(body)
-        self.lets_through = True
-        self._replays = 0
-        self.worker.pump(lambda _: True, self.now)
-        self.worker.handle(Registered(registration=1), b"", self.now)
-        self.driver.lease()
-        assign = Assign(rid=RID, attempt=A1, registration=1, engine="e", model="m", digest="d", path="/api/generate")
-        (post,) = self.worker.handle(assign, body, self.now)
-        assert isinstance(post, Post)
-        self.lease = post.lease
-        self.worker.head(self.lease, 200, "application/x-ndjson", self.now)
-        self.pump()
-
-    def feed(self, data: bytes) -> None:
-        self.worker.feed(self.lease, data, self.now)
-        self.pump()
-
-    def eof(self) -> None:
-        self.worker.eof(self.lease, self.now)
-        self.pump()
-
-    def pump(self) -> None:
-        """Carry everything that waits, and all it leads to."""
-        while True:
-            frames: list[bytes] = []
-            self.worker.pump(partial(_take, frames), self.now)
-            for frame in frames:
-                message, payload = protocol.from_worker.decode(frame)
-                if self.lets_through and not isinstance(message, State):
-                    if isinstance(message, Failed):
-                        message = replace(message, resubmit=message.retryable)
-                    self.driver.hear(message, payload, self.now)
-            asked, self._replays = self._replays, sum(isinstance(message, Replay) for message in self.driver.sent)
-            for replay in [message for message in self.driver.sent if isinstance(message, Replay)][asked:]:
-                self.worker.handle(replay, b"", self.now)
-            if not frames and asked == self._replays:
-                return
-
-
-def _take(frames: list[bytes], frame: bytes) -> bool:
-    frames.append(frame)
-    return True
-
-
 LAST = b'{"done":true}\n'
 
 
@@ -696,6 +540,178 @@ def test_what_cannot_be_continued_ends_with_its_host(body: bytes, submit: dict[s
     driver.expect(3)
     assert driver.other == [Over(failed, b"")]
     assert driver.sent[1:] == [Ack(rid=RID)]
+
+
+LAST = b'{"done":true,"done_reason":"stop","prompt_eval_count":3,"eval_count":2}\n'
+STATS = Stats(done_reason="stop", prompt_tokens=3, completion_tokens=2)
+
+
+@pytest.mark.parametrize("seq", [0, 3], ids=["of which the broker knew", "the broker knew less"])
+@pytest.mark.parametrize("migrate", [True, False])
+@pytest.mark.parametrize("again", [True, False])
+def test_what_has_its_last_line_is_complete_whatever_became_of_its_host(seq: int, migrate: bool, again: bool) -> None:
+    driver = Driver(migrate=migrate)
+    driver.lease()
+    driver.hear(Chunk(rid=RID, attempt=A1, seq=0, n=3), lines(0, 2) + LAST)
+    driver.fail(seq, again=again)
+    assert driver.other == [Over(End(rid=RID, attempt=A1, seq=3, stats=STATS), b"")]
+    assert driver.sent[-1] == Ack(rid=RID)
+
+
+@pytest.mark.parametrize("code", [Code.CANCELLED, Code.DEADLINE_EXCEEDED])
+def test_what_the_broker_ended_itself_counts_at_once(code: Code) -> None:
+    driver = Driver()
+    driver.lease()
+    failed = Failed(rid=RID, attempt=A1, code=code, message="", seq=5)
+    assert driver.hear(failed)[0] == Over(failed, b"")
+
+
+def test_another_failure_waits_for_its_events() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.hear(Failed(rid=RID, attempt=A1, code=Code.BACKEND_ERROR, message="", seq=1), b"words")
+    assert driver.other == []
+    driver.chunk(0)
+    assert isinstance(driver.other[0], Over)
+    assert driver.other[0].payload == b"words"
+
+
+def test_a_lost_attempt_waits_again_and_starts_once() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.hear(Started(rid=RID, attempt=A1, status=200))
+    driver.hear(Lost(rid=RID, attempt=A1))
+    assert driver.stream.phase is Phase.WAITING
+    driver.hear(Leased(rid=RID, attempt=A2, worker="w2", engine="e"), now=5.0)
+    driver.hear(Started(rid=RID, attempt=A2, status=200))
+    driver.chunk(0, 1, A2)
+    driver.expect(1)
+    assert (driver.stream.worker, driver.stream.attempts, driver.stream.leased_at) == ("w2", 2, 1.0)
+    assert driver.other == [Begins(200, "")]
+
+
+def test_cancelling_is_said_once_and_ends_with_whatever_comes_first() -> None:
+    driver = Driver()
+    driver.lease()
+    assert driver.take(driver.stream.cancel("stop")) == [ToBroker(Cancel(rid=RID, attempt=A1, reason="stop"))]
+    assert driver.stream.cancel("stop") == []
+    driver.chunk(1)  # no replay for a request that is being stopped
+    assert isinstance(driver.sent[-1], Cancel)
+    assert driver.stream.submission(3.0) == [ToBroker(Cancel(rid=RID, attempt=A1, reason="stop"))]
+    assert driver.hear(end(7))[0] == Over(end(7), b"")
+
+
+def test_a_resubmission_says_what_is_known_and_what_time_is_left() -> None:
+    driver = Driver(deadline_ms=5000)
+    driver.hear(Accepted(rid=RID))
+    driver.lease()
+    driver.chunk(0, 2)
+    (again,) = driver.stream.submission(2.0)
+    assert isinstance(again, ToBroker)
+    assert isinstance(again.message, Submit)
+    assert (again.message.next_seq, again.message.attempt, again.payload) == (2, A1, BODY)
+    assert (again.message.waited_ms, again.message.deadline_ms) == (2000, 3000)
+    driver.hear(Accepted(rid=RID))
+    assert driver.stream.phase is Phase.RUNNING
+
+
+def test_a_stream_can_be_abandoned() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.chunk(0)
+    over, _ = driver.stream.abandon(Code.NO_WORKERS, "gone")
+    assert isinstance(over, Over)
+    assert (over.terminal.seq, driver.stream.phase) == (1, Phase.OVER)
+
+
+def test_a_paused_stream_lets_events_go_and_asks_again() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.chunk(0)
+    assert driver.stream.unpause(1.0) == []
+    driver.stream.pause()
+    driver.chunk(1, 3)
+    driver.hear(end(4))
+    driver.expect(1)
+    assert driver.take(driver.stream.unpause(2.0)) == [ToBroker(Replay(rid=RID, attempt=A1, start=1))]
+    driver.chunk(1, 3)
+    driver.expect(4)
+    assert driver.other == [Over(end(4), b"")]
+
+
+def test_what_a_replay_brought_during_a_pause_is_asked_for_at_once() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.hear(Gap(rid=RID, attempt=A1, top=4))
+    driver.stream.pause()
+    driver.chunk(0, 4)
+    assert driver.take(driver.stream.unpause(1.1)) == [ToBroker(Replay(rid=RID, attempt=A1, start=0))]
+    assert driver.take(driver.stream.unpause(1.1)) == [], "it was not paused"
+
+
+def test_unpausing_after_the_end_asks_for_nothing() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.stream.pause()
+    driver.hear(end(0))
+    assert driver.stream.unpause(2.0) == []
+
+
+# A worker that answers ------------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A worker's session and a gateway's stream, and a broker that only passes on; it lets go what `lets_through` says.
+
+    What the worker says of its lease by itself it says once: the terminal too.
+    """
+
+    def __init__(self, body: bytes = BODY, **limits: Any) -> None:
+        self.now = 0.0
+        self.worker = Session("w", "epoch", Limits(**limits), self.now)
+        self.worker.set_engines((Engine(url="e", models=(Model(name="m", digest="d"),)),))
+        self.driver = Driver(body)
+        self.lets_through = True
+        self._replays = 0
+        self.worker.pump(lambda _: True, self.now)
+        self.worker.handle(Registered(registration=1), b"", self.now)
+        self.driver.lease()
+        assign = Assign(rid=RID, attempt=A1, registration=1, engine="e", model="m", digest="d", path="/api/generate")
+        (post,) = self.worker.handle(assign, body, self.now)
+        assert isinstance(post, Post)
+        self.lease = post.lease
+        self.worker.head(self.lease, 200, "application/x-ndjson", self.now)
+        self.pump()
+
+    def feed(self, data: bytes) -> None:
+        self.worker.feed(self.lease, data, self.now)
+        self.pump()
+
+    def eof(self) -> None:
+        self.worker.eof(self.lease, self.now)
+        self.pump()
+
+    def pump(self) -> None:
+        """Carry everything that waits, and all it leads to."""
+        while True:
+            frames: list[bytes] = []
+            self.worker.pump(partial(_take, frames), self.now)
+            for frame in frames:
+                message, payload = protocol.from_worker.decode(frame)
+                if self.lets_through and not isinstance(message, State):
+                    if isinstance(message, Failed):
+                        message = replace(message, resubmit=message.retryable)
+                    self.driver.hear(message, payload, self.now)
+            asked, self._replays = self._replays, sum(isinstance(message, Replay) for message in self.driver.sent)
+            for replay in [message for message in self.driver.sent if isinstance(message, Replay)][asked:]:
+                self.worker.handle(replay, b"", self.now)
+            if not frames and asked == self._replays:
+                return
+
+
+def _take(frames: list[bytes], frame: bytes) -> bool:
+    frames.append(frame)
+    return True
 
 
 @pytest.mark.parametrize("code", [Code.WORKER_LOST, Code.MODEL_NOT_FOUND, Code.NO_WORKERS])
