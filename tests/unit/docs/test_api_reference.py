@@ -204,6 +204,7 @@ FIXED: dict[str, float] = {
     "Ping, pong and tiny fragment frames in a burst": Limits().control_burst,
     "Attempts of a request": protocol.ATTEMPTS_MAX,
     "Text of a stream that can be continued, as the engine's lines": session.HISTORY_BYTES_MAX,
+    "The same of all streams of a gateway": session.HISTORIES_BYTES_MAX,
 }
 UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
 
