@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from gateway.session import REPLAY_PATIENCE_S, REPLAYS_FRUITLESS_MAX
 from tests.faults.cluster import Cluster, until
 from tests.faults.conftest import TERMINAL_S, Clusters
 from workers.embedded.simulated import transcript
@@ -179,13 +180,14 @@ async def test_a_gateway_dies_with_a_client_that_does_not_resume(clusters: Clust
 
 
 async def test_gateway_and_worker_die_together(clusters: Clusters) -> None:
-    """Nobody is left who has the text: WORKER_LOST, or, if nothing had arrived, a fresh start."""
+    """Nobody is left who has the text: WORKER_LOST, when the worker has had the time to come back with it."""
     async with clusters(workers=2, gateways=2) as cluster, cluster.client(gateways=[1, 2]) as client:
         request = client.send("p", 400)
         await request.reached(30)
         host = await host_of(cluster)
         await asyncio.gather(cluster.kill("gateway-1"), cluster.kill(f"worker-{host}"))
-        assert await asyncio.wait_for(request.over(), 2 * TERMINAL_S) == "WORKER_LOST"
+        patience_s = REPLAYS_FRUITLESS_MAX * REPLAY_PATIENCE_S + 2 * TERMINAL_S
+        assert await asyncio.wait_for(request.over(), patience_s) == "WORKER_LOST"
         assert cluster.check().died_together == 1
 
 
