@@ -788,6 +788,7 @@ class BrokerCore:
             method=claim.method,
             grace_ms=claim.grace_ms,
             accepted=True,
+            light=not claim.digest,
         )
         request = Request(rid=claim.rid, submit=submit, body=b"", gateway=None, accepted=now)
         self._window.trace(now)
@@ -1121,7 +1122,8 @@ class BrokerCore:
     def _host(self, worker: Worker, now: float) -> Host:
         busy: dict[str, dict[str, int]] = {}
         for (url, digest), count in worker.busy.items():
-            busy.setdefault(url, {})[digest] = count
+            if digest:
+                busy.setdefault(url, {})[digest] = count
         return Host(
             name=worker.name,
             engines=tuple(worker.engines.values()),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from broker.state import Request, State, Worker
-from common.protocol import Engine
+from common.protocol import LIGHT_MAX, Engine
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,11 +48,11 @@ class WarmFirst:
     """The scheduler of this version: O(models waiting · hosts) a decision."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, list[tuple[float, bytes, Request]]] = {}
+        self._queues: dict[tuple[str, bool], list[tuple[float, bytes, Request]]] = {}
         self._size = 0
 
     def add(self, request: Request) -> int:
-        queue = self._queues.setdefault(request.submit.model, [])
+        queue = self._queues.setdefault(_queue_of(request), [])
         entry = (request.accepted, request.rid, request)
         position = bisect(queue, entry)
         queue.insert(position, entry)
@@ -60,11 +60,11 @@ class WarmFirst:
         return position + 1
 
     def discard(self, request: Request) -> None:
-        queue = self._queues[request.submit.model]
+        queue = self._queues[_queue_of(request)]
         del queue[bisect_left(queue, (request.accepted, request.rid))]
         self._size -= 1
         if not queue:
-            del self._queues[request.submit.model]
+            del self._queues[_queue_of(request)]
 
     def place(self, state: State, now: float) -> Placement | None:
         for _, _, request in sorted(queue[0] for queue in self._queues.values()):
@@ -90,8 +90,9 @@ class WarmFirst:
         for worker, engine, model in offers:
             if worker.paused_until > now:
                 continue
-            busy = worker.busy[engine.url, model.digest]
-            if busy >= model.slots or (not busy and _full(worker, engine)):
+            digest = "" if request.submit.light else model.digest
+            busy = worker.busy[engine.url, digest]
+            if busy >= (model.slots if digest else LIGHT_MAX) or (digest and not busy and _full(worker, engine)):
                 continue
             # Names make ties repeatable.
             key = (
@@ -101,10 +102,15 @@ class WarmFirst:
                 engine.url,
             )
             if best is None or key < best[0]:
-                best = key, Placement(request, worker, engine.url, model.digest)
+                best = key, Placement(request, worker, engine.url, digest)
         return best[1] if best else None
+
+
+def _queue_of(request: Request) -> tuple[str, bool]:
+    """Light requests wait for no slot, so they don't wait behind those that do."""
+    return request.submit.model, request.submit.light
 
 
 def _full(worker: Worker, engine: Engine) -> bool:
     """Whether another model would make the engine evict one that is busy."""
-    return 0 < engine.models_max <= sum(url == engine.url for url, _ in worker.busy)
+    return 0 < engine.models_max <= sum(url == engine.url and digest != "" for url, digest in worker.busy)

@@ -1,26 +1,43 @@
-"""`weftline keys`: make key pairs for clients, and say whose are accepted.
+"""`weftline keys`: make key pairs and API tokens for clients, and say whose are accepted.
 
-A private key is written once, to its owner's file, and read by nobody here; the registry gets the public key only.
+A private key is written once, to its owner's file, and read by nobody here; the registry gets the public key only. A
+token is printed once; the registry gets its digest only.
 """
 
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
+from cli.fleet import print_json, print_table
 from cli.settings import websocket_url
+from common.command import JsonOption
 from common.config import default_data_dir, writable_dir
 from common.errors import ProcessError, UsageError
 from gateway.auth import ED25519, RSA_BITS_MIN, algorithm_named, load_public_key
-from gateway.store import FILE_NAME, Client, PublicKey, Store, StoreError, check_client_id
+from gateway.store import (
+    FILE_NAME,
+    MODELS,
+    SCOPES,
+    Client,
+    PublicKey,
+    Scope,
+    Store,
+    StoreError,
+    Token,
+    UnknownClientError,
+    check_client_id,
+)
 
 DEFAULT_URL = "ws://127.0.0.1:3000"
 # More namesakes than this are a mistake of ours, not somebody who deleted key files.
@@ -138,13 +155,14 @@ def ensure_client(data_dir: Path, name: str, *, server_url: str = DEFAULT_URL) -
             files = KeyFiles.of(candidate, folder.absolute())
             client = store.get(candidate)
             key = _existing(files)
-            if client is None and not files.any_exists():
+            free = client is None or (client.key is None and not client.revoked)
+            if free and not files.any_exists():
                 return create_client(store, candidate, folder, server_url=server_url).config
-            if client is None and key is not None:
+            if free and key is not None:
                 with contextlib.suppress(StoreError):
                     client = store.add(candidate, key)
-            if client is not None and key == client.key and not client.revoked:
-                _point_at(files, candidate, websocket_url(server_url), client.key.algorithm)
+            if client is not None and key is not None and key == client.key and not client.revoked:
+                _point_at(files, candidate, websocket_url(server_url), key.algorithm)
                 return files.config
     raise ProcessError(
         f"there are {NAMESAKES_MAX} clients named after {name!r} without keys in {folder}; remove the folder."
@@ -171,7 +189,10 @@ def _point_at(files: KeyFiles, name: str, server_url: str, algorithm: str) -> No
 # The commands
 
 app = typer.Typer(
-    name="keys", help="Create, import, list and revoke the keys of clients.", no_args_is_help=True, add_completion=False
+    name="keys",
+    help="Manage the clients: their key pairs (for the WebSocket) and their API tokens (for HTTP).",
+    no_args_is_help=True,
+    add_completion=False,
 )
 Name = Annotated[str, typer.Argument(help="1 to 64 letters, digits, dots, underscores and hyphens.")]
 DataDir = Annotated[
@@ -235,33 +256,21 @@ def import_(
             pem = public.read_bytes()
         except OSError as error:
             raise UsageError(f"cannot read {public}: {error.strerror}.") from None
-        client = store.add(name, load_public_key(pem, algorithm))
-    print(f"Registered the client {name!r} ({client.key.algorithm}, key {client.key.fingerprint[:16]}).")
+        key = load_public_key(pem, algorithm)
+        store.add(name, key)
+    print(f"Registered the client {name!r} ({key.algorithm}, key {key.fingerprint[:16]}).")
     print("It can connect now, to every gateway on this data dir.")
 
 
 @app.command("list")
-def list_(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array.")] = False,
-    data_dir: DataDir = None,
-) -> None:
+def list_(as_json: JsonOption = False, data_dir: DataDir = None) -> None:
     """List all clients, revoked ones too."""
     clients: Sequence[Client] = ()
-    if data_dir is not None or (default_data_dir() / FILE_NAME).exists():
+    if _may_look(data_dir):
         with _registry(data_dir) as store:
             clients = store.list()
     if as_json:
-        rows = [
-            {
-                "id": client.id,
-                "algorithm": client.key.algorithm,
-                "fingerprint": client.key.fingerprint,
-                "createdAt": client.created_at.isoformat(),
-                "revokedAt": client.revoked_at.isoformat() if client.revoked_at else None,
-            }
-            for client in clients
-        ]
-        print(json.dumps(rows, indent=2))
+        print_json([_client_json(client) for client in clients])
         return
     if not clients:
         print("There are no clients yet. Next: weftline keys create NAME")
@@ -269,15 +278,175 @@ def list_(
     width = max(len(client.id) for client in clients)
     for client in clients:
         state = f"revoked {client.revoked_at:%Y-%m-%d %H:%M}Z" if client.revoked_at else "active"
-        created = f"{client.created_at:%Y-%m-%d}"
-        print(f"{client.id:<{width}}  {client.key.algorithm:<7}  {client.key.fingerprint[:16]}  {created}  {state}")
+        algorithm, fingerprint = (client.key.algorithm, client.key.fingerprint[:16]) if client.key else ("-", "-")
+        print(f"{client.id:<{width}}  {algorithm:<7}  {fingerprint:<16}  {client.created_at:%Y-%m-%d}  {state}")
+
+
+def _may_look(data_dir: Path | None) -> bool:
+    """Whether there is a registry, or should be: without the user's own, there are no clients yet."""
+    return data_dir is not None or (default_data_dir() / FILE_NAME).exists()
+
+
+def _client_json(client: Client) -> dict[str, Any]:
+    return {
+        "id": client.id,
+        "algorithm": client.key.algorithm if client.key else None,
+        "fingerprint": client.key.fingerprint if client.key else None,
+        "createdAt": client.created_at.isoformat(),
+        "revokedAt": client.revoked_at.isoformat() if client.revoked_at else None,
+    }
 
 
 @app.command()
 def revoke(name: Name, data_dir: DataDir = None) -> None:
-    """Refuse a client from now on. Its name and key can't be used again."""
+    """Refuse a client, and all its tokens, from now on. Its name and key can't be used again."""
     with _registry(data_dir) as store:
         client = store.revoke(name)
     print(
         f"Revoked the client {name!r} at {client.revoked_at:%Y-%m-%d %H:%M:%S}Z. Next: weftline keys create OTHER_NAME"
     )
+
+
+# Tokens
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def _duration(text: str) -> timedelta:
+    """A whole number with its unit: 90s, 30m, 12h, 30d; up to 99,999 of them."""
+    match = re.fullmatch(r"(\d{1,5})([smhd])", text, re.ASCII)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a duration; write it like 30m, 12h or 30d.")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+def _lifetime(text: str) -> timedelta | None:
+    return None if text == "never" else _duration(text)
+
+
+TokenId = Annotated[str, typer.Argument(metavar="ID", help="As `weftline keys tokens` shows it.")]
+
+
+@app.command()
+def token(
+    name: Name,
+    scope: Annotated[
+        list[Scope] | None,
+        typer.Option(
+            metavar="SCOPE", help=f"One of {', '.join(Scope)}; may be repeated.  [default: {' and '.join(SCOPES)}]"
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Models it may use, as 'llama3*' or '*:3b'; may be repeated.  [default: *]"
+        ),
+    ] = None,
+    expires: Annotated[
+        timedelta | None,
+        typer.Option(parser=_lifetime, metavar="TIME", help="30d, 12h, 30m or never.  [default: never]"),
+    ] = None,
+    as_json: JsonOption = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Make an API token for a client, and print it, this once. A client that isn't there is made, without a key."""
+    with _registry(data_dir, make=True) as store:
+        expires_at = None if expires is None else datetime.now(UTC) + expires
+        made, text = store.add_token(name, scopes=scope or SCOPES, models=model or MODELS, expires_at=expires_at)
+    _print_token(made, text, as_json=as_json)
+
+
+@app.command()
+def tokens(
+    name: Annotated[str | None, typer.Argument(help="Of this client only.")] = None,
+    as_json: JsonOption = False,
+    data_dir: DataDir = None,
+) -> None:
+    """List API tokens, dead ones too; never their secrets."""
+    found: Sequence[Token] = ()
+    if _may_look(data_dir):
+        with _registry(data_dir) as store:
+            if name is not None and store.get(name) is None:
+                raise UnknownClientError(f"there is no client {name!r}; `weftline keys list` names them all.")
+            found = store.tokens(name)
+    now = datetime.now(UTC)
+    if as_json:
+        print_json([_token_json(token, now) for token in found])
+        return
+    if not found:
+        print(f"There are no tokens yet. Next: weftline keys token {name or 'NAME'}")
+        return
+    rows = [
+        [
+            token.id,
+            token.client,
+            "\n".join(token.scopes),
+            "\n".join(token.models),
+            f"{token.created_at:%Y-%m-%d}",
+            f"{token.expires_at:%Y-%m-%d %H:%M}Z" if token.expires_at else "never",
+            f"revoked {token.revoked_at:%Y-%m-%d %H:%M}Z" if token.revoked_at else _state(token, now),
+        ]
+        for token in found
+    ]
+    print_table(["ID", "CLIENT", "SCOPES", "MODELS", "CREATED", "EXPIRES", "STATE"], rows)
+
+
+@app.command("revoke-token")
+def revoke_token(token_id: TokenId, data_dir: DataDir = None) -> None:
+    """Refuse an API token from now on."""
+    with _registry(data_dir) as store:
+        token = store.revoke_token(token_id)
+    print(f"Revoked the token {token.id} of {token.client!r} at {token.revoked_at:%Y-%m-%d %H:%M:%S}Z.")
+
+
+@app.command()
+def rotate(
+    token_id: TokenId,
+    overlap: Annotated[
+        timedelta | None,
+        typer.Option(
+            parser=_duration,
+            metavar="TIME",
+            help="How long the old one stays good, as 1h or 30m.  [default: not at all]",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Replace an API token by a new one with the same rights and as long a life, and print that, this once."""
+    with _registry(data_dir) as store:
+        made, text = store.rotate_token(token_id, overlap=overlap or timedelta())
+    _print_token(made, text, as_json=as_json)
+
+
+def _print_token(token: Token, text: str, *, as_json: bool) -> None:
+    """The secret goes to stdout alone: what catches stderr may be a log."""
+    if as_json:
+        print_json({"token": text, **_token_json(token, token.created_at)})
+    else:
+        print(text)
+    end = f"until {token.expires_at:%Y-%m-%d %H:%M}Z" if token.expires_at else "until it is revoked"
+    print(
+        f"This is the token {token.id} of {token.client!r}, good {end}. It is shown this once. To use it as TOKEN:\n"
+        "  Ollama's clients:  OLLAMA_HOST=http://HOST:3000/k/TOKEN\n"
+        "  OpenAI's clients:  OPENAI_BASE_URL=http://HOST:3000/v1 OPENAI_API_KEY=TOKEN\n"
+        "  others:            Authorization: Bearer TOKEN",
+        file=sys.stderr,
+    )
+
+
+def _state(token: Token, now: datetime) -> str:
+    return "revoked" if token.revoked else "active" if token.live(now) else "expired"
+
+
+def _token_json(token: Token, now: datetime) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "client": token.client,
+        "scopes": token.scopes,
+        "models": token.models,
+        "createdAt": token.created_at.isoformat(),
+        "expiresAt": token.expires_at.isoformat() if token.expires_at else None,
+        "revokedAt": token.revoked_at.isoformat() if token.revoked_at else None,
+        "state": _state(token, now),
+    }

@@ -18,7 +18,7 @@ COMMANDS: Final = {
     "drain": ("cli.fleet:drain", "Give a host no new requests, and wait for what runs there."),
     "resume": ("cli.fleet:resume", "Let a drained host take requests again."),
     "doctor": ("cli.doctor:doctor", "Check every part, and say what is wrong and what to do."),
-    "keys": ("cli.keys:app", "Create, import, list and revoke the keys of clients."),
+    "keys": ("cli.keys:app", "Manage the clients: their keys and their API tokens."),
     "broker": ("broker.__main__:broker", "Run the broker: it queues requests and balances them."),
     "gateway": ("gateway.__main__:gateway", "Run a gateway: clients connect to it."),
     "worker": ("workers.__main__:worker", "Run a host's worker, in front of its Ollama."),

@@ -29,13 +29,47 @@ class _Job(msgspec.Struct):
     messages: tuple[_Message, ...] | None = None
 
 
+class _Part(msgspec.Struct):
+    type: str = ""
+
+
+class _Turn(msgspec.Struct):
+    content: str | list[_Part] | None = None
+    role: str = ""
+    tool_calls: Any = None
+
+
+class _Format(msgspec.Struct):
+    type: str = ""
+
+
+class _OpenAIJob(msgspec.Struct):
+    """The same of a request to one of OpenAI's routes."""
+
+    stream: Any = False
+    tools: Any = None
+    response_format: _Format | None = None
+    reasoning: Any = None
+    reasoning_effort: Any = None
+    logprobs: Any = None
+    suffix: Any = None
+    prompt: str = ""
+    messages: list[_Turn] = []
+
+
+CHAT_COMPLETIONS: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+
 _decoder: Final = msgspec.json.Decoder(_Job)
+_openai_decoder: Final = msgspec.json.Decoder(_OpenAIJob)
 
 
 def objection(path: str, body: bytes) -> str:
     """Why a POST of `body` to `path` can never be continued, or nothing. What was answered so far decides as well."""
+    if path in (CHAT_COMPLETIONS, COMPLETIONS):
+        return _openai_objection(body)
     if path not in ("/api/generate", "/api/chat"):
-        # Embeddings come whole. The OpenAI-compatible routes have lines of other shapes, and no rendering.
+        # Embeddings come whole; the events of /v1/responses and /v1/messages depend on all those before.
         return f"answers of {path} cannot be continued"
     try:
         job = _decoder.decode(body)
@@ -62,4 +96,26 @@ def objection(path: str, body: bytes) -> str:
     if job.context:
         # Who sends a context expects one back for the next turn: a continued answer has none.
         return "a request with `context` cannot be continued"
+    return ""
+
+
+def _openai_objection(body: bytes) -> str:
+    try:
+        job = _openai_decoder.decode(body)
+    except UNREADABLE:
+        return "the request is no JSON object of the expected shape"
+    if not job.stream:
+        return "the answer is not streamed"
+    if job.tools or any(turn.tool_calls or turn.role.lower() == "tool" for turn in job.messages):
+        return "a request with tools cannot be continued"
+    if job.response_format is not None and job.response_format.type not in ("", "text"):
+        return "a request with `response_format` cannot be continued"
+    if job.reasoning or job.reasoning_effort not in (None, "", "none"):
+        return "a request with reasoning cannot be continued"
+    if job.logprobs:
+        return "a request with `logprobs` cannot be continued"
+    if job.suffix:
+        return "a request with `suffix` cannot be continued"
+    if any(part.type != "text" for turn in job.messages if isinstance(turn.content, list) for part in turn.content):
+        return "a request with images cannot be continued"
     return ""

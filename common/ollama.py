@@ -1,4 +1,4 @@
-"""What more than one part reads of Ollama's answers."""
+"""What more than one part reads of Ollama's answers: NDJSON, server-sent events (SSE) or one document."""
 
 from typing import Final
 
@@ -10,10 +10,27 @@ UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding somebody else's JSON may raise."""
 
 
+SSE: Final = "text/event-stream"
+NDJSON: Final = "application/x-ndjson"
+LAST_EVENTS: Final = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
+"""The types of the events that end a stream of /v1/messages and /v1/responses; the others end with `[DONE]`."""
+
+
+class Usage(msgspec.Struct):
+    """What OpenAI's and Anthropic's documents count."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 class LastLine(msgspec.Struct):
     """The counts in a stream's last line or a one-document answer (Ollama's api/types.go, `Metrics`); ns."""
 
     done: bool = False
+    type: str = ""
+    usage: Usage | None = None
     done_reason: str = ""
     prompt_eval_count: int = 0
     eval_count: int = 0
@@ -24,10 +41,11 @@ class LastLine(msgspec.Struct):
 
     def stats(self) -> Stats:
         """As it travels."""
+        usage = self.usage or Usage()
         return Stats(
             done_reason=self.done_reason,
-            prompt_tokens=_count(self.prompt_eval_count),
-            completion_tokens=_count(self.eval_count),
+            prompt_tokens=_count(self.prompt_eval_count or usage.prompt_tokens or usage.input_tokens),
+            completion_tokens=_count(self.eval_count or usage.completion_tokens or usage.output_tokens),
             total_ns=_count(self.total_duration),
             load_ns=_count(self.load_duration),
             prompt_ns=_count(self.prompt_eval_duration),
@@ -38,12 +56,25 @@ class LastLine(msgspec.Struct):
 _decoder: Final = msgspec.json.Decoder(LastLine, strict=False)
 
 
-def last_line(line: bytes) -> LastLine | None:
-    """The line if it ends an answer, or a document if it is one; None if it is neither."""
+def last_line(data: bytes) -> LastLine | None:
+    """The newest line of a piece of an answer, or the document that it is; None if it cannot be read.
+
+    Its `done` says whether the answer is complete with it, in all three forms a stream may have.
+    """
+    line = data.rstrip(b"\r\n")
+    line = line[line.rfind(b"\n") + 1 :]
+    event = line.startswith(b"data:")
+    if event:
+        line = line[5:].strip()
+        if line == b"[DONE]":
+            return LastLine(done=True)
     try:
-        return _decoder.decode(line)
+        last = _decoder.decode(line)
     except UNREADABLE:
         return None
+    if event:
+        last.done = last.type in LAST_EVENTS
+    return last
 
 
 def _count(number: int) -> int:

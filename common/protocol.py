@@ -40,6 +40,8 @@ FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 2**20
 CHUNK_BYTES_MAX: Final = 256 * 2**10
 """Lines that are ready together travel together up to here; a longer line travels alone."""
 ATTEMPTS_MAX: Final = 3
+LIGHT_MAX: Final = 8
+"""Light requests on one engine."""
 
 
 def attempt_of(ordinal: int, nonce: int) -> int:
@@ -66,6 +68,8 @@ ENGINES_MAX: Final = 64
 MODELS_MAX: Final = 4096
 """Models of one engine."""
 LEASES_MAX: Final = 10_000
+ENTRY_BYTES_MAX: Final = 16 * 2**10
+Entry = Annotated[bytes, msgspec.Meta(max_length=ENTRY_BYTES_MAX)]
 Method = Annotated[str, msgspec.Meta(pattern="^[A-Z]{1,16}$")]
 
 
@@ -77,7 +81,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A model an engine can serve, by its full name (`llama2:latest`). Aliases share a digest, and so their slots."""
+    """A model an engine can serve, by its full name (`llama2:latest`). Aliases share a digest, and so their slots.
+
+    `listed` and `running` are its entries in the engine's /api/tags and /api/ps, as they came (JSON); `running` is
+    empty if it is not in memory.
+    """
 
     name: Name
     digest: Name
@@ -85,6 +93,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     size_bytes: Count = 0
     embedding: bool = False
     resident: bool = False
+    listed: Entry = b""
+    running: Entry = b""
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -158,6 +168,9 @@ class Submit(Message, frozen=True):
     `next_seq` events have arrived, as a continuation, whose payload is the body (`body_bytes` of it) and then those
     events. `attachment` counts how often the request changed hands. `absent_ms`: its client has been away so long.
     `migrate`: it may be continued on another host; `continued` counts how often it was.
+
+    `light`: a question that an engine answers beside its work, as /api/show is. It takes no slot (its lease's digest is
+    empty), but at most LIGHT_MAX run on an engine at once.
     """
 
     rid: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -177,6 +190,7 @@ class Submit(Message, frozen=True):
     next_seq: Count = 0
     body_bytes: Count = 0
     migrate: bool = True
+    light: bool = False
     continued: Count = 0
     attachment: Count = 0
     absent_ms: Count | None = None

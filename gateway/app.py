@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -18,10 +20,12 @@ from common.errors import ProcessError
 from common.logs import Log
 from common.process import gently, until
 from gateway.auth import Authenticator
+from gateway.http_api import HttpApi, TokenPaths
+from gateway.keyring import Keyring
 from gateway.metrics import Metrics
 from gateway.protocols import Limits, listener, protocols
 from gateway.settings import GatewaySettings
-from gateway.store import Store, StoreError
+from gateway.store import Client, Store, StoreError, Token
 from gateway.upstream import Upstream
 from gateway.websocket import Connection, Services
 
@@ -36,8 +40,10 @@ DRAIN_LOOK_S = 0.05
 class Gateway:
     """The ASGI application and everything its connections share."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, keyring: Keyring) -> None:
         self._services = services
+        self._keyring = keyring
+        self._api = HttpApi(services, keyring)
         self._connections: set[Connection] = set()
         self._draining = False
         self._empty = asyncio.Event()
@@ -45,7 +51,8 @@ class Gateway:
         origins = services.settings.origins
         self.app = Starlette(
             routes=[
-                Route("/", self._root),
+                Route("/", self._api.root),
+                *self._api.routes(),
                 Route("/livez", self._live),
                 Route("/readyz", self._ready),
                 Route("/metrics", self._metrics),
@@ -53,8 +60,13 @@ class Gateway:
                 WebSocketRoute("/ws", self._websocket),
                 WebSocketRoute("/{path:path}", self._elsewhere),
             ],
-            middleware=[Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET"])],
+            middleware=[
+                Middleware(_Cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]),
+                Middleware(TokenPaths),
+            ],
+            exception_handlers={HTTPException: _plain_error},  # type: ignore[dict-item]
         )
+        self.app.router.redirect_slashes = False
 
     async def watch_revocations(self, store: Store) -> None:
         """Send revoked clients away, REVOCATIONS_S after the fact at most. An unreadable registry is asked again."""
@@ -67,8 +79,11 @@ class Gateway:
                 changed = []
             if changed:
                 change = changed[-1].change
-            revoked = {client.id for client in changed if client.revoked}
+            revoked = {record.id for record in changed if isinstance(record, Client) and record.revoked}
+            tokens = [record for record in changed if isinstance(record, Token)]
             self._services.authenticator.revoke(revoked)
+            self._keyring.revoke(revoked, {token.id for token in tokens})
+            self._api.revoke(revoked, {token.id for token in tokens if token.revoked})
             for connection in list(self._connections) if revoked else ():
                 if connection.client in revoked:
                     connection.revoke()
@@ -82,7 +97,7 @@ class Gateway:
         if not gently(stop):
             return
         settings = self._services.settings
-        self._draining = True
+        self._draining = self._api.draining = True
         log("draining", connections=len(self._connections))
         for connection in list(self._connections):
             connection.drain()
@@ -92,16 +107,15 @@ class Gateway:
                 for connection in idle:
                     await asyncio.sleep(settings.drain_stagger_s / len(idle))
                     connection.dismiss()
-                while self._connections:
+                while self._connections or self._api.running:
                     for connection in list(self._connections):
                         if connection.idle:
                             connection.dismiss()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(DRAIN_LOOK_S):
-                            await self._empty.wait()
+                    await asyncio.sleep(DRAIN_LOOK_S)
 
     async def dismiss(self) -> None:
         """Send every client away, and wait a moment for them to go."""
+        self._api.dismiss()
         for connection in list(self._connections):
             connection.dismiss()
         with contextlib.suppress(TimeoutError):
@@ -134,9 +148,6 @@ class Gateway:
     async def _elsewhere(self, websocket: WebSocket) -> None:
         await websocket.send_denial_response(PlainTextResponse("clients connect to / or /ws", 404))
 
-    async def _root(self, _: Request) -> Response:
-        return PlainTextResponse("weftline is running\n")
-
     async def _live(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
 
@@ -159,6 +170,26 @@ class Gateway:
 
     async def _metrics(self, _: Request) -> Response:
         return Response(self._services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, with the status that Ollama gives a preflight."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code != 200:
+            return response
+        headers = {name: value for name, value in response.headers.items() if name not in _OF_A_BODY}
+        return Response(status_code=204, headers=headers)
+
+
+_OF_A_BODY = frozenset({"content-length", "content-type"})
+
+
+def _plain_error(_: Request, error: HTTPException) -> Response:
+    """As Ollama words it."""
+    text = {404: "404 page not found", 405: "405 method not allowed"}.get(error.status_code, error.detail)
+    return PlainTextResponse(text, error.status_code, error.headers)
 
 
 class _Server(uvicorn.Server):
@@ -204,7 +235,8 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
             authenticator=Authenticator(store.get, settings.public_url or f"ws://{actual}"),
             metrics=Metrics(upstream),
         )
-        gateway = Gateway(services)
+        keyring = Keyring(store.find_token)
+        gateway = Gateway(services, keyring)
         limits = Limits(
             stall_s=settings.stall_s,
             request_s=settings.request_s,

@@ -162,10 +162,13 @@ def _text(data: bytes) -> str:
 def verify(client: Client | None, algorithm: str | None, signature: str, challenge: str) -> bool:
     """Whether `signature` (base64) is the client's over `challenge`; `algorithm` is what it said it used, if it did.
 
-    Always does one check of a signature, for an unknown or revoked client as for any other.
+    Always does one check of a signature, for a client that is unknown, revoked or has no key as for any other.
     """
     raw = _strict_base64(signature)
-    key, pinned = (_dummy_key(), "SHA256") if client is None else (_loaded(client.key.pem), client.key.algorithm)
+    if client is None or client.key is None:
+        client, key, pinned = None, _dummy_key(), "SHA256"
+    else:
+        key, pinned = _loaded(client.key.pem), client.key.algorithm
     right = _check(key, pinned, raw or bytes(256), challenge.encode())
     return right and raw is not None and client is not None and not client.revoked and _agrees(algorithm, pinned)
 

@@ -30,7 +30,7 @@ from msgspec.structs import replace
 
 from common.continuation import objection
 from common.errors import Code
-from common.ollama import LastLine, last_line
+from common.ollama import NDJSON, LastLine, last_line
 from common.protocol import (
     ATTEMPTS_MAX,
     BODY_BYTES_MAX,
@@ -53,7 +53,6 @@ from common.protocol import (
     ordinal_of,
 )
 
-NDJSON: Final = "application/x-ndjson"
 REPLAY_PATIENCE_S: Final = 1.0
 """A replay that brought nothing for so long is asked for again."""
 REPLAYS_FRUITLESS_MAX: Final = 30
@@ -316,7 +315,8 @@ class Stream:
         if self.first_event_at is None:
             self.first_event_at = now
         self.next_seq = end
-        self._newest = payload
+        if payload != b"\n":  # what ends an event of SSE says nothing
+            self._newest = payload
         self._replays_fruitless = 0
         events = Events(chunk.seq + skip, chunk.n, payload, skip)
         if self._history is not None:
@@ -420,7 +420,7 @@ class Stream:
 
     def _last_line(self) -> LastLine | None:
         """The line that says that the answer is complete, if it has come."""
-        last = last_line(self._newest[self._newest[:-1].rfind(b"\n") + 1 :])
+        last = last_line(self._newest)
         return last if last is not None and last.done else None
 
     def _can_run_again(self) -> bool:

@@ -21,6 +21,8 @@ class GatewaySettings(Settings, frozen=True):
     """The URL clients dial, ws:// or wss://; challenges are bound to it. Empty: made from `listen`."""
     insecure: bool = False
 
+    anonymous: bool = False
+    """Whether HTTP requests from this very machine need no key. Those of WebSockets always do."""
     origins: tuple[str, ...] = ("*",)
     """Web pages that may connect, as scheme://host[:port]; "*" is any. Others get 403 and no CORS headers."""
     frame_bytes_max: Bytes = 16 * 2**20

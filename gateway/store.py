@@ -1,27 +1,36 @@
-"""Who may connect: the registry of clients and their public keys, in a database.
+"""Who may connect: the registry of clients, their public keys and their API tokens, in a database.
 
 Theory of operation. The database is SQLite in the data dir unless a URL names another. Opening it brings its schema
 to the newest revision, in the same transaction that reads the current one, so any number of processes may open it at
 once. Every method is synchronous, takes its own connection from the pool and may be called from any thread; an event
 loop calls it through a thread.
 
-Each change of a client takes the next number of one sequence. A gateway that has seen everything up to number n asks
-for `changed_since(n)`: no clock is compared, so a revocation is found whatever the clocks of the machines say.
+Each transaction that changes clients or tokens takes the next number of one sequence, which what it changes bears. A
+gateway that has seen everything up to number n asks for `changed_since(n)`: no clock is compared, so a revocation is
+found whatever the clocks of the machines say. The sequence is a row that is counted up at the start of a transaction:
+its lock makes the next writer wait, on any database, so that numbers become visible in their order.
+
+A client is an identity; it has a public key, tokens, or both. A token is its own password, sent with each HTTP request:
+`wl_`, a public id, `_`, and 256 random bits. Only the SHA-256 of the whole text is kept. A slow, salted hash is for
+passwords that people choose; 256 random bits can't be guessed however fast the hash is.
 
 SQLite: WAL lets readers go on while one process writes, and a writer waits up to `BUSY_S` for another. Transactions
 that write take the write lock at their start (BEGIN IMMEDIATE); one that upgrades a read lock may fail at once instead.
 """
 
 import contextlib
+import hashlib
 import os
 import re
+import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
@@ -32,7 +41,30 @@ from common.errors import ProcessError, UsageError
 FILE_NAME = "weftline.db"
 BUSY_S = 10.0
 
+TOKENS_MAX: Final = 100
+"""Live tokens of one client."""
+PATTERNS_MAX: Final = 100
+PATTERN_CHARS_MAX: Final = 256
+
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Crockford's alphabet: no letter that reads like a digit, for ids are typed; and no underscore.
+_TOKEN_ID = "0123456789abcdefghjkmnpqrstvwxyz"
+_TOKEN = re.compile(rf"wl_[{_TOKEN_ID}]{{8}}_[A-Za-z0-9_-]{{43}}")
+
+
+class Scope(StrEnum):
+    """What a token may be used for."""
+
+    INFERENCE = "inference"
+    MODELS_READ = "models:read"
+    MODELS_WRITE = "models:write"
+    ADMIN = "admin"
+    """Everything, the others included."""
+
+
+SCOPES: Final = (Scope.INFERENCE, Scope.MODELS_READ)
+"""Of a token for which none are named."""
+MODELS: Final = ("*",)
 
 
 class StoreError(ProcessError):
@@ -47,8 +79,24 @@ class UnknownClientError(StoreError):
     """There is no client of that name."""
 
 
+class RevokedError(StoreError):
+    """The client or the token was revoked, or the token has expired: it gets no new token."""
+
+
+class TokenLimitError(StoreError):
+    """The client has `TOKENS_MAX` live tokens."""
+
+
+class UnknownTokenError(StoreError):
+    """There is no token of that id."""
+
+
 class ClientIdError(UsageError):
     """That can't be the name of a client."""
+
+
+class TokenRightsError(UsageError):
+    """A token can't have these scopes, models or that expiry."""
 
 
 def check_client_id(client_id: str) -> str:
@@ -65,6 +113,11 @@ def check_client_id(client_id: str) -> str:
     return client_id
 
 
+def token_digest(text: str) -> str | None:
+    """What the registry keeps of a token: the SHA-256 of its text, in hex. None for a text that can't be a token."""
+    return hashlib.sha256(text.encode()).hexdigest() if _TOKEN.fullmatch(text) else None
+
+
 @dataclass(frozen=True, slots=True)
 class PublicKey:
     """A checked public key: signature algorithm, SubjectPublicKeyInfo in PEM, and the SHA-256 of its DER in hex."""
@@ -76,10 +129,10 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One row of the registry. Times are UTC; `change` is the number of its latest change."""
+    """One identity. Times are UTC; `change` is the number of its latest change. Without a key it has tokens only."""
 
     id: str
-    key: PublicKey
+    key: PublicKey | None
     created_at: datetime
     revoked_at: datetime | None
     change: int
@@ -87,6 +140,32 @@ class Client:
     @property
     def revoked(self) -> bool:
         return self.revoked_at is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What is known of a token, its secret apart. Times are UTC; `change` is the number of its latest change.
+
+    `scopes` are values of `Scope`, in its order. `models` are shell patterns (`fnmatch`, case matters, `*` crosses
+    slashes) over the names of models as clients write them.
+    """
+
+    id: str
+    client: str
+    scopes: tuple[str, ...]
+    models: tuple[str, ...]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    change: int
+
+    @property
+    def revoked(self) -> bool:
+        return self.revoked_at is not None
+
+    def live(self, now: datetime) -> bool:
+        """Whether it is good at `now`, which has a zone."""
+        return not self.revoked and (self.expires_at is None or now < self.expires_at)
 
 
 class _Utc(sa.types.TypeDecorator[datetime]):
@@ -102,18 +181,45 @@ class _Utc(sa.types.TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
+class _Words(sa.types.TypeDecorator[tuple[str, ...]]):
+    """Words without white space in them, kept with a space between."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[str, ...] | None, dialect: sa.Dialect) -> str:
+        return " ".join(value or ())
+
+    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> tuple[str, ...]:
+        return tuple((value or "").split())
+
+
+_TABLES = sa.MetaData()
 _CLIENTS = sa.Table(
     "clients",
-    sa.MetaData(),
+    _TABLES,
     sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("algorithm", sa.String(16), nullable=False),
-    sa.Column("public_key", sa.Text, nullable=False),
-    sa.Column("fingerprint", sa.String(64), nullable=False, unique=True),
+    sa.Column("algorithm", sa.String(16)),
+    sa.Column("public_key", sa.Text),
+    sa.Column("fingerprint", sa.String(64), unique=True),
     sa.Column("created_at", _Utc, nullable=False),
     sa.Column("revoked_at", _Utc),
     sa.Column("change", sa.BigInteger, nullable=False, unique=True),
 )
-_NEXT_CHANGE = sa.select(sa.func.coalesce(sa.func.max(_CLIENTS.c.change), 0) + 1).scalar_subquery()
+_TOKENS = sa.Table(
+    "tokens",
+    _TABLES,
+    sa.Column("id", sa.String(8), primary_key=True),
+    sa.Column("client_id", sa.String(64), sa.ForeignKey(_CLIENTS.c.id), nullable=False, index=True),
+    sa.Column("digest", sa.String(64), nullable=False, unique=True),
+    sa.Column("scopes", _Words, nullable=False),
+    sa.Column("models", _Words, nullable=False),
+    sa.Column("created_at", _Utc, nullable=False),
+    sa.Column("expires_at", _Utc),
+    sa.Column("revoked_at", _Utc),
+    sa.Column("change", sa.BigInteger, nullable=False, index=True),
+)
+_CHANGES = sa.Table("changes", _TABLES, sa.Column("number", sa.BigInteger, nullable=False))
 
 
 class Store:
@@ -160,7 +266,7 @@ class Store:
         self._engine.dispose()
 
     def add(self, client_id: str, key: PublicKey) -> Client:
-        """Enrol a client.
+        """Enrol a client; one that has tokens only gets the key.
 
         Raises:
             ClientIdError: the name can't be one.
@@ -169,17 +275,16 @@ class Store:
             StoreError: the database failed.
         """
         check_client_id(client_id)
-        row = {
-            "id": client_id,
-            "algorithm": key.algorithm,
-            "public_key": key.pem,
-            "fingerprint": key.fingerprint,
-            "created_at": self._clock(),
-        }
+        row = {"algorithm": key.algorithm, "public_key": key.pem, "fingerprint": key.fingerprint}
+        c = _CLIENTS.c
+        keyless = c.id == client_id, c.fingerprint.is_(None), c.revoked_at.is_(None)
         try:
-            with self._told("write to"), self._writing.begin() as connection:
-                insert = sa.insert(_CLIENTS).values(**row, change=_NEXT_CHANGE).returning(_CLIENTS)
-                return _client(connection.execute(insert).one())
+            with self._change() as (connection, change):
+                update = sa.update(_CLIENTS).where(*keyless).values(**row, change=change).returning(_CLIENTS)
+                if (updated := connection.execute(update).one_or_none()) is not None:
+                    return _client(updated)
+                insert = sa.insert(_CLIENTS).values(**row, id=client_id, created_at=self._clock(), change=change)
+                return _client(connection.execute(insert.returning(_CLIENTS)).one())
         except IntegrityError:
             raise self._duplicate(client_id, key) from None
 
@@ -201,31 +306,138 @@ class Store:
         return self._select(order=_CLIENTS.c.id)
 
     def revoke(self, client_id: str) -> Client:
-        """Refuse the client from now on. Revoking again changes nothing.
+        """Refuse the client, and all its tokens, from now on. Revoking again changes nothing.
 
         Raises:
             UnknownClientError: there is none of that name.
             StoreError: the database failed.
         """
-        update = (
-            sa.update(_CLIENTS)
-            .where(_CLIENTS.c.id == client_id, _CLIENTS.c.revoked_at.is_(None))
-            .values(revoked_at=self._clock(), change=_NEXT_CHANGE)
-        )
-        with self._told("write to"), self._writing.begin() as connection:
-            connection.execute(update)
+        with self._change() as (connection, change):
+            new = {"revoked_at": self._clock(), "change": change}
+            for table, name in ((_CLIENTS, _CLIENTS.c.id), (_TOKENS, _TOKENS.c.client_id)):
+                where = name == client_id, table.c.revoked_at.is_(None)
+                connection.execute(sa.update(table).where(*where).values(new))
             row = connection.execute(sa.select(_CLIENTS).where(_CLIENTS.c.id == client_id)).one_or_none()
         if row is None:
             raise UnknownClientError(f"there is no client {client_id!r}; `weftline keys list` names them all.")
         return _client(row)
 
-    def changed_since(self, change: int) -> Sequence[Client]:
-        """The clients added or revoked after change number `change` (0 for all), oldest change first.
+    def add_token(
+        self,
+        client_id: str,
+        *,
+        scopes: Iterable[str] = SCOPES,
+        models: Iterable[str] = MODELS,
+        expires_at: datetime | None = None,
+    ) -> tuple[Token, str]:
+        """A new token, and its text, which nobody can read again. A client that isn't there is made, without a key.
+
+        Raises:
+            ClientIdError: the name can't be one.
+            TokenRightsError: there is no such scope, a pattern can't be one, or the token would have expired already.
+            RevokedError: the client was revoked.
+            TokenLimitError: it has `TOKENS_MAX` live tokens.
+            StoreError: the database failed.
+        """
+        check_client_id(client_id)
+        scopes, models = _checked_scopes(scopes), _checked_models(models)
+        now = self._clock()
+        if expires_at is not None and expires_at <= now:
+            raise TokenRightsError("the token would have expired already; let it expire later, or never.")
+        with self._change() as (connection, change):
+            client = connection.execute(sa.select(_CLIENTS).where(_CLIENTS.c.id == client_id)).one_or_none()
+            if client is None:
+                connection.execute(sa.insert(_CLIENTS).values(id=client_id, created_at=now, change=change))
+            elif client.revoked_at is not None:
+                raise RevokedError(f"the client {client_id!r} was revoked; choose another name.")
+            return _insert_token(connection, change, client_id, scopes, models, now, expires_at)
+
+    def tokens(self, client_id: str | None = None) -> Sequence[Token]:
+        """All tokens, dead ones too, or those of one client: by client, oldest first.
 
         Raises:
             StoreError: the database failed.
         """
-        return self._select(_CLIENTS.c.change > change, order=_CLIENTS.c.change)
+        c = _TOKENS.c
+        select = sa.select(_TOKENS).order_by(c.client_id, c.created_at, c.id)
+        if client_id is not None:
+            select = select.where(c.client_id == client_id)
+        with self._told("read"), self._engine.connect() as connection:
+            return [_token(row) for row in connection.execute(select)]
+
+    def find_token(self, digest: str) -> tuple[Token, Client] | None:
+        """The token of that `token_digest` and its client, dead or revoked as they may be.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        with self._told("read"), self._engine.connect() as connection:
+            row = connection.execute(sa.select(_TOKENS).where(_TOKENS.c.digest == digest)).one_or_none()
+            if row is None:
+                return None
+            client = connection.execute(sa.select(_CLIENTS).where(_CLIENTS.c.id == row.client_id)).one()
+            return _token(row), _client(client)
+
+    def revoke_token(self, token_id: str) -> Token:
+        """Refuse the token from now on. Revoking again changes nothing.
+
+        Raises:
+            UnknownTokenError: there is none of that id.
+            StoreError: the database failed.
+        """
+        with self._change() as (connection, change):
+            token = _token_of(connection, token_id)
+            return token if token.revoked else _end_token(connection, change, token_id, revoked_at=self._clock())
+
+    def rotate_token(self, token_id: str, *, overlap: timedelta = timedelta()) -> tuple[Token, str]:
+        """A new token with the same rights and as long a life, and its text.
+
+        The old one expires `overlap` from now, or when it would have before; without an overlap it is revoked, for
+        that reaches every gateway whatever its clock says.
+
+        Raises:
+            UnknownTokenError: there is none of that id.
+            RevokedError: it is dead.
+            TokenLimitError: with the old one, its client would have more than `TOKENS_MAX` live tokens.
+            StoreError: the database failed.
+        """
+        now = self._clock()
+        with self._change() as (connection, change):
+            old = _token_of(connection, token_id)
+            if not old.live(now):
+                state = "was revoked" if old.revoked else "has expired"
+                raise RevokedError(f"the token {token_id!r} {state}; make another: weftline keys token {old.client}")
+            if overlap <= timedelta():
+                _end_token(connection, change, token_id, revoked_at=now)
+            elif old.expires_at is None or now + overlap < old.expires_at:
+                _end_token(connection, change, token_id, expires_at=now + overlap)
+            expires_at = None if old.expires_at is None else now + (old.expires_at - old.created_at)
+            return _insert_token(connection, change, old.client, old.scopes, old.models, now, expires_at)
+
+    def changed_since(self, change: int) -> Sequence[Client | Token]:
+        """The clients and tokens added or changed after change number `change` (0 for all), oldest change first.
+
+        Those that changed together bear the same number, and are all there. That time passes is no change: a token
+        whose `expires_at` comes is not told again.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        found: list[Client | Token] = []
+        with self._told("read"), self._engine.connect() as connection:
+            # Up to here all is visible; a database may show the second table as of later than the first.
+            last = connection.execute(sa.select(_CHANGES.c.number)).scalar_one()
+            for table, record in ((_CLIENTS, _client), (_TOKENS, _token)):
+                where = table.c.change > change, table.c.change <= last
+                found += map(record, connection.execute(sa.select(table).where(*where)))
+        return sorted(found, key=lambda record: record.change)
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[tuple[sa.Connection, int]]:
+        """A transaction that writes, one at a time, and the number that what it changes bears."""
+        count = sa.update(_CHANGES).values(number=_CHANGES.c.number + 1).returning(_CHANGES.c.number)
+        with self._told("write to"), self._writing.begin() as connection:
+            yield connection, connection.execute(count).scalar_one()
 
     def _select(self, *where: sa.ColumnElement[bool], order: sa.ColumnElement[Any] = _CLIENTS.c.id) -> Sequence[Client]:
         with self._told("read"), self._engine.connect() as connection:
@@ -233,7 +445,8 @@ class Store:
             return [_client(row) for row in rows]
 
     def _duplicate(self, client_id: str, key: PublicKey) -> DuplicateClientError:
-        if taken := self.get(client_id):
+        taken = self.get(client_id)
+        if taken is not None and (taken.revoked or taken.key is not None):
             state = "was revoked, and a name is not given twice" if taken.revoked else "exists already"
             return DuplicateClientError(f"the client {client_id!r} {state}; choose another name.")
         others = self._select(_CLIENTS.c.fingerprint == key.fingerprint)
@@ -340,5 +553,84 @@ def _advice(error: Exception) -> str:
 
 
 def _client(row: sa.Row[Any]) -> Client:
-    key = PublicKey(row.algorithm, row.public_key, row.fingerprint)
+    key = None if row.fingerprint is None else PublicKey(row.algorithm, row.public_key, row.fingerprint)
     return Client(row.id, key, row.created_at, row.revoked_at, row.change)
+
+
+def _token(row: sa.Row[Any]) -> Token:
+    return Token(
+        id=row.id,
+        client=row.client_id,
+        scopes=row.scopes,
+        models=row.models,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        change=row.change,
+    )
+
+
+def _token_of(connection: sa.Connection, token_id: str) -> Token:
+    row = connection.execute(sa.select(_TOKENS).where(_TOKENS.c.id == token_id)).one_or_none()
+    if row is None:
+        raise UnknownTokenError(f"there is no token {token_id[:64]!r}; `weftline keys tokens` lists their ids.")
+    return _token(row)
+
+
+def _end_token(connection: sa.Connection, change: int, token_id: str, **end: datetime) -> Token:
+    """Set `revoked_at` or `expires_at`."""
+    update = sa.update(_TOKENS).where(_TOKENS.c.id == token_id).values(**end, change=change).returning(_TOKENS)
+    return _token(connection.execute(update).one())
+
+
+def _insert_token(
+    connection: sa.Connection,
+    change: int,
+    client_id: str,
+    scopes: tuple[str, ...],
+    models: tuple[str, ...],
+    now: datetime,
+    expires_at: datetime | None,
+) -> tuple[Token, str]:
+    c = _TOKENS.c
+    live = c.client_id == client_id, c.revoked_at.is_(None), sa.or_(c.expires_at.is_(None), c.expires_at > now)
+    if connection.execute(sa.select(sa.func.count()).where(*live)).scalar_one() >= TOKENS_MAX:
+        raise TokenLimitError(
+            f"the client {client_id!r} has {TOKENS_MAX} tokens; revoke one first: weftline keys tokens {client_id}"
+        )
+    while True:
+        token_id = "".join(secrets.choice(_TOKEN_ID) for _ in range(8))
+        if connection.execute(sa.select(c.id).where(c.id == token_id)).one_or_none() is None:
+            break
+    text = f"wl_{token_id}_{secrets.token_urlsafe(32)}"
+    insert = sa.insert(_TOKENS).values(
+        id=token_id,
+        client_id=client_id,
+        digest=token_digest(text),
+        scopes=scopes,
+        models=models,
+        created_at=now,
+        expires_at=expires_at,
+        change=change,
+    )
+    return _token(connection.execute(insert.returning(_TOKENS)).one()), text
+
+
+def _checked_scopes(scopes: Iterable[str]) -> tuple[str, ...]:
+    wanted = set(scopes)
+    if not wanted or wanted - set(Scope):
+        unknown = f"there is no scope {min(wanted - set(Scope))[:32]!r}" if wanted else "a token needs a scope"
+        raise TokenRightsError(f"{unknown}; use one or more of {', '.join(Scope)}.")
+    return tuple(scope.value for scope in Scope if scope in wanted)
+
+
+def _checked_models(patterns: Iterable[str]) -> tuple[str, ...]:
+    wanted = tuple(dict.fromkeys(patterns))
+    if not 0 < len(wanted) <= PATTERNS_MAX:
+        raise TokenRightsError(f"a token needs 1 to {PATTERNS_MAX} patterns of models; '*' means all.")
+    for pattern in wanted:
+        if not pattern or len(pattern) > PATTERN_CHARS_MAX or not pattern.isprintable() or " " in pattern:
+            raise TokenRightsError(
+                f"{pattern[:64]!r} can't be a pattern of models: use 1 to {PATTERN_CHARS_MAX} characters, no spaces."
+            )
+    return wanted

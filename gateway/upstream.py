@@ -80,6 +80,7 @@ class Upstream:
         deadline_ms: int | None = None,
         resume: bool = False,
         migrate: bool = True,
+        light: bool = False,
     ) -> Stream:
         """Send a job; everything about it comes to `sink`, and the last is `Over`.
 
@@ -101,6 +102,7 @@ class Upstream:
             deadline_ms=deadline_ms,
             grace_ms=self._resume_ms if resume else 0,
             migrate=migrate and self._migrate,
+            light=light,
         )
         stream = self._link.submit(message, body, sink, self._loop.time())
         self._flush()

@@ -24,6 +24,7 @@ from common.transport import Socket
 from workers.continuation import RAW_PATH, CannotContinue, Continuation
 from workers.http import BrokenError, Connection, RequestError
 from workers.ollama import ANSWER_BYTES_MAX, Backend, serve
+from workers.openai import OpenAIContinuation
 from workers.session import (
     Close,
     Drained,
@@ -325,11 +326,12 @@ class _Agent:
             BrokenError: the engine broke.
         """
         http = self._backends[lease.engine].http
-        continuation = Continuation.plan(lease.path, body, prior)
+        kind = OpenAIContinuation if lease.path.startswith("/v1/") else Continuation
+        continuation = kind.plan(lease.path, body, prior)
         rendering = b""
         if continuation.render is not None:
             document = _Document()
-            await http.request("POST", lease.path, continuation.render, document)
+            await http.request("POST", continuation.render_path, continuation.render, document)
             if document.status >= 500:
                 answer.status, answer.refusal = document.status, document.content
                 return
@@ -341,7 +343,7 @@ class _Agent:
             rest = continuation.eof() if answer.ok else b""
         else:
             answer.ok, rest = True, continuation.ending()
-            self._on_head(lease, 200, "application/x-ndjson")
+            self._on_head(lease, 200, continuation.content_type)
         if rest:
             self._on_body(lease, rest)
 
@@ -378,12 +380,13 @@ class _Answer:
         self.ok = False
         self.status = 0
         self.refusal = bytearray()
-        self.continuation: Continuation | None = None
+        self.continuation: Continuation | OpenAIContinuation | None = None
 
     def head(self, status: int, content_type: str, connection: Connection) -> None:
         self.status, self.ok, self._connection = status, 200 <= status < 300, connection
         if self.ok:
-            self._agent._on_head(self._lease, status, content_type)
+            kind = content_type if self.continuation is None else self.continuation.content_type
+            self._agent._on_head(self._lease, status, kind)
 
     def body(self, data: bytes) -> None:
         if not self.ok:

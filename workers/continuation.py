@@ -17,7 +17,7 @@ Rules
 Use, with `post(path, body)` for a request to the engine:
 
     continuation = Continuation.plan(path, body, events)
-    rendering = post(path, continuation.render) if continuation.render else b""
+    rendering = post(continuation.render_path, continuation.render) if continuation.render else b""
     request = continuation.request(rendering)
     if request is None: feed(continuation.ending())
     else: feed(continuation.dress(piece)) for each piece of post(RAW_PATH, request), then feed(continuation.eof())
@@ -33,7 +33,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType, json
 
 from common.continuation import objection
-from common.ollama import UNREADABLE
+from common.ollama import NDJSON, UNREADABLE
 from common.protocol import BODY_BYTES_MAX
 
 RAW_PATH: Final = "/api/generate"
@@ -157,8 +157,10 @@ class Continuation:
         "render",
     )
 
+    content_type: Final = NDJSON
+
     render: bytes | None
-    """What to post to the job's path first, for `request`; None if there is nothing to render."""
+    """What to post to `render_path` first, for `request`; None if there is nothing to render."""
     done: bool
     """A stop string was completed across the seam: close the engine's stream."""
 
@@ -191,6 +193,11 @@ class Continuation:
         self._tails: list[str] = []  # the rests of the stop strings that may be straddling the seam
         self._fresh, self._fresh_tokens = "", 0  # new text while there are tails, …
         self._held = bytearray()  # … and its lines
+
+    @property
+    def render_path(self) -> str:
+        """The job's own path."""
+        return "/api/chat" if self._chat else "/api/generate"
 
     @classmethod
     def plan(cls, path: str, body: bytes, events: Iterable[bytes]) -> "Continuation":

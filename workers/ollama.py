@@ -13,7 +13,7 @@ import msgspec
 from common.errors import ProcessError, UnreachableError, UsageError
 from common.logs import Log
 from common.ollama import UNREADABLE
-from common.protocol import Count, Engine, Model
+from common.protocol import ENTRY_BYTES_MAX, Count, Engine, Model
 from workers.http import HttpClient
 from workers.settings import EngineAddress
 
@@ -58,7 +58,13 @@ class _Listed(msgspec.Struct):
 
 
 class _List(msgspec.Struct):
-    models: list[_Listed] | None = None
+    models: list[msgspec.Raw] | None = None
+
+    @classmethod
+    def read(cls, answer: bytes) -> list[tuple[_Listed, bytes]]:
+        """Each entry, and how it reads."""
+        entries = [bytes(entry) for entry in msgspec.json.decode(answer, type=cls).models or ()]
+        return [(msgspec.json.decode(entry, type=_Listed), entry) for entry in entries]
 
 
 class _Show(msgspec.Struct):
@@ -148,19 +154,18 @@ class Backend:
 
     async def _ask(self) -> Engine:
         version = msgspec.json.decode(await self._get("/api/version"), type=_Version)
-        listed = msgspec.json.decode(await self._get("/api/tags"), type=_List).models or []
-        running = msgspec.json.decode(await self._get("/api/ps"), type=_List).models or []
-        resident = {model.digest or model.name for model in running}
-        await self._look_closely(listed)
+        listed = _List.read(await self._get("/api/tags"))
+        running = {model.digest or model.name: entry for model, entry in _List.read(await self._get("/api/ps"))}
+        await self._look_closely([model for model, _ in listed])
         return Engine(
             models_max=self.address.models,
             url=self.address.url,
             kind=version.engine,
             version=version.version,
-            models=tuple(self._model(model, resident) for model in sorted(listed, key=lambda model: model.name)),
+            models=tuple(self._model(*entry, running) for entry in sorted(listed, key=lambda entry: entry[0].name)),
         )
 
-    def _model(self, listed: _Listed, resident: set[str]) -> Model:
+    def _model(self, listed: _Listed, entry: bytes, running: dict[str, bytes]) -> Model:
         digest = listed.digest or listed.name
         families = (listed.details.family, *(listed.details.families or ()))
         embedding = self._embedding.get(digest, any("bert" in family for family in families))
@@ -171,7 +176,9 @@ class Backend:
             slots=1 if embedding else self.address.slots,
             size_bytes=listed.size,
             embedding=embedding,
-            resident=digest in resident,
+            resident=digest in running,
+            listed=_bounded(entry),
+            running=_bounded(running.get(digest, b"")),
         )
 
     async def _look_closely(self, listed: list[_Listed]) -> None:
@@ -204,6 +211,11 @@ class Backend:
                 text = f"{path} was answered with {response.status_code}"
                 raise httpx.HTTPStatusError(text, request=response.request, response=response)
             return answer
+
+
+def _bounded(entry: bytes) -> bytes:
+    """An entry as it travels; one that is absurdly long is left out, and gateways say what they know without it."""
+    return entry if len(entry) <= ENTRY_BYTES_MAX else b""
 
 
 @contextlib.asynccontextmanager

@@ -49,13 +49,14 @@ import msgspec
 
 from common import protocol
 from common.errors import Code
-from common.ollama import UNREADABLE, last_line
+from common.ollama import NDJSON, SSE, UNREADABLE, last_line
 from common.protocol import (
     BODY_BYTES_MAX,
     CHUNK_BYTES_MAX,
     COUNT_MAX,
     HEARTBEAT_INTERVAL_S,
     HEARTBEATS_MISSED_MAX,
+    LIGHT_MAX,
     Chunk,
     Claim,
     End,
@@ -78,6 +79,8 @@ LEASE_OVERHEAD_BYTES: Final = 2048
 """The same for a lease."""
 TRIM_FRACTION: Final = 8
 """At its bound a buffer is cut by an eighth, so that cutting is rare."""
+COUNTED_MAX: Final = 8
+"""Lines from the end on which the counts of SSE are looked for."""
 FRAMES_PER_PUMP_MAX: Final = 64
 """After a long silence of the broker there may be much to send: heartbeats and other leases must get their turn."""
 NOTES_MAX: Final = 1000
@@ -432,11 +435,13 @@ class Session:
         if not self._up[message.engine]:
             return f"the engine {message.engine} does not answer"
         slot = message.engine, message.digest
+        if not message.digest:
+            return "" if self._busy[slot] < LIGHT_MAX else f"{LIGHT_MAX} light requests run on {message.engine}"
         if slot not in self._slots:
             return f"the engine {message.engine} does not have {message.model}"
         if self._busy[slot] >= self._slots[slot]:
             return f"all slots for {message.model} on {message.engine} are taken"
-        busy = {digest for engine, digest in self._busy if engine == message.engine}
+        busy = {digest for engine, digest in self._busy if engine == message.engine and digest}
         if message.digest not in busy and len(busy) >= self._models_max.get(message.engine, len(busy) + 1):
             return f"{message.engine} would have to evict a busy model for {message.model}"
         return ""
@@ -465,7 +470,7 @@ class Session:
         if lease.state is not LeaseState.POSTED:
             return
         self._move(lease, LeaseState.STREAMING, now)
-        lease.by_lines = content_type.partition(";")[0].strip() == "application/x-ndjson"
+        lease.by_lines = content_type.partition(";")[0].strip() in (NDJSON, SSE)
         lease.started = Started(rid=lease.rid, attempt=lease.attempt, status=status, content_type=content_type)
         self._queue(lease)
 
@@ -519,6 +524,10 @@ class Session:
             text = f"the engine {lease.engine} ended its answer without a last line"
             self._fail(lease, Code.BACKEND_ERROR, text, now, retryable=True)
             return
+        if lease.last.startswith(b"data:"):
+            # The event that counts comes shortly before the last one.
+            counted = (line for line in map(last_line, reversed(lease.events[-COUNTED_MAX:])) if line and line.usage)
+            final = next(counted, final)
         stats = final.stats() if final else Stats()
         self._finish(lease, End(rid=lease.rid, attempt=lease.attempt, seq=lease.top, stats=stats), b"", now)
 
@@ -553,7 +562,10 @@ class Session:
                 del events[events.index(refusal) :]
                 size = sum(map(len, events))
         if events:
-            lease.last = events[-1]
+            if events[-1] != b"\n":
+                lease.last = events[-1]
+            elif len(events) > 1:
+                lease.last = events[-2]  # a blank line ends an event of SSE
             lease.events += events
             size += EVENT_OVERHEAD_BYTES * len(events)
             lease.size_bytes += size

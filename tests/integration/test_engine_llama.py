@@ -117,6 +117,30 @@ async def test_log_probabilities() -> None:
         assert entry["logprob"] <= 0
 
 
+async def test_openais_chat_is_the_engines_own() -> None:
+    async with engine() as client:
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Dog"}]}
+        own = await ask(client, "/api/chat", **chat, options=GREEDY | {"top_p": 1.0})
+        greedy = chat | GREEDY
+        answer = await ask(client, "/v1/chat/completions", **greedy)
+        assert answer["choices"][0]["message"] == own["message"]
+        assert answer["usage"]["completion_tokens"] == own["eval_count"]
+        rendered = await ask(client, "/v1/chat/completions", **chat, _debug_render_only=True)
+        assert rendered["_debug_info"]["rendered_template"] == "<|user|>dog<|assistant|>"
+        form = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}
+        chosen = await ask(client, "/v1/chat/completions", **greedy, response_format=form)
+        assert json.loads(chosen["choices"][0]["message"]["content"]) in ("yes", "no")
+        told = await ask(client, "/v1/chat/completions", **greedy, logprobs=True, top_logprobs=2, max_tokens=2)
+        content = told["choices"][0]["message"]["content"]
+        entries = told["choices"][0]["logprobs"]["content"]
+        assert "".join(entry["token"] for entry in entries) == content
+        assert [len(entry["top_logprobs"]) for entry in entries] == [2, 2]
+        body = {"model": "tiny", "stream": True, "logprobs": True, "max_tokens": 2} | greedy
+        streamed = (await client.post("/v1/chat/completions", json=body)).text.split("\n\n")
+        first = json.loads(streamed[0].removeprefix("data: "))["choices"][0]
+        assert first["logprobs"]["content"][0]["token"] == first["delta"]["content"] == entries[0]["token"]
+
+
 async def test_long_prompts_are_read_in_steps_and_too_long_ones_shortened() -> None:
     async with engine() as client:
         options = GREEDY | {"num_predict": 4}

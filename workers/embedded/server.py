@@ -2,7 +2,9 @@
 
 A request's whole work runs beside a watch on its connection: when the client leaves, the work is cancelled wherever
 it is (waiting, loading, generating), and its slot is free again. Errors before the first byte have their own status;
-afterwards they are a last line `{"error": …}`.
+afterwards they end the stream: natively with a line `{"error": …}`, else without what marks a good end.
+
+The routes under `/v1` are those of OpenAI and Anthropic, translated onto the same handlers (see `dialect`).
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from workers.embedded import wire
+from workers.embedded import anthropic, openai, wire
+from workers.embedded.dialect import Native, native
 from workers.embedded.engine import Completion, CutShort
 from workers.embedded.engine import Final as FinalPart
 from workers.embedded.residency import Residency
-from workers.embedded.wire import NS_PER_S, ApiError, Message, Options, encode, quote, rfc3339
+from workers.embedded.wire import NS_PER_S, ApiError, Message, Options, encode, quote
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from starlette.requests import Request as HttpRequest
     from starlette.types import Receive, Scope, Send
@@ -62,10 +65,17 @@ def create_app(backend: Backend) -> Starlette:
         Route("/api/tags", api.tags, methods=["GET", "HEAD"]),
         Route("/api/ps", api.ps, methods=["GET"]),
         Route("/api/show", api.show, methods=["POST"]),
-        Route("/api/generate", _Watched(api.generate), methods=["POST"]),
-        Route("/api/chat", _Watched(api.chat), methods=["POST"]),
-        Route("/api/embed", _Watched(api.embed), methods=["POST"]),
-        Route("/api/embeddings", _Watched(api.embeddings), methods=["POST"]),
+        Route("/api/generate", _Watched(api.generate, "GenerateRequest"), methods=["POST"]),
+        Route("/api/chat", _Watched(api.chat, "ChatRequest"), methods=["POST"]),
+        Route("/api/embed", _Watched(api.embed, "EmbedRequest"), methods=["POST"]),
+        Route("/api/embeddings", _Watched(api.embeddings, "EmbeddingRequest"), methods=["POST"]),
+        Route("/v1/chat/completions", _Watched(api.chat, "ChatCompletionRequest", openai.Chat), methods=["POST"]),
+        Route("/v1/completions", _Watched(api.generate, "CompletionRequest", openai.Completions), methods=["POST"]),
+        Route("/v1/embeddings", _Watched(api.embed, "EmbedRequest", openai.Embeddings), methods=["POST"]),
+        Route("/v1/responses", _Watched(api.chat, "ResponsesRequest", openai.Responses), methods=["POST"]),
+        Route("/v1/messages", _Watched(api.chat, "MessagesRequest", anthropic.Messages), methods=["POST"]),
+        Route("/v1/models", api.v1_models, methods=["GET"]),
+        Route("/v1/models/{model}", api.v1_model, methods=["GET"]),
         Route("/debug/slots", api.slots, methods=["GET"]),
         Route("/debug/faults", api.faults, methods=["POST"]),
     ]
@@ -109,13 +119,17 @@ async def read_body(receive: Receive) -> bytes:
 
 
 class _Watched:
-    """An ASGI endpoint whose handler is cancelled when its client leaves."""
+    """An ASGI endpoint whose handler is cancelled when its client leaves. `struct` is what Ollama calls its request."""
 
-    def __init__(self, handler: Callable[[bytes, _Reply], Awaitable[None]]) -> None:
+    def __init__(
+        self, handler: Callable[[bytes, _Reply], Awaitable[None]], struct: str, dialect: type[Native] = Native
+    ) -> None:
         self._handler = handler
+        self._struct = struct
+        self._dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = _Reply(send)
+        reply = _Reply(send, self._dialect(self._struct))
         try:
             async with asyncio.TaskGroup() as group:
                 body = await read_body(receive)
@@ -143,37 +157,44 @@ async def _watch(receive: Receive) -> None:
 
 
 class _Reply:
-    """One response: either a whole document or a stream of NDJSON lines."""
+    """One response: either a whole document or a stream, in the words of the call's dialect."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, dialect: Native) -> None:
+        self.dialect = dialect
         self._send = send
         self._started = False
 
-    async def document(self, value: Any, status: int = 200) -> None:
-        body = encode(value)
-        headers = [(b"content-type", _JSON.encode()), (b"content-length", b"%d" % len(body))]
-        self._started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+    async def document(self, native: dict[str, Any]) -> None:
+        if self.dialect.events:
+            await self.stream(self.dialect.last(native))
+            await self.end()
+        else:
+            await self._whole(self.dialect.document(native), 200)
 
-    async def lines(self, data: bytes) -> None:
+    async def stream(self, data: bytes) -> None:
         if not self._started:
             self._started = True
-            headers = [(b"content-type", b"application/x-ndjson")]
+            headers = self.dialect.stream_headers
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         if not self._started:
-            await self.lines(b"")
+            await self.stream(b"")
         await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: ApiError) -> None:
         if self._started:
-            await self.lines(error.line() + b"\n")
+            await self.stream(self.dialect.broken(error))
             await self.end()
         else:
-            await self.document({"error": error.message}, error.status)
+            await self._whole(self.dialect.error(error), error.status)
+
+    async def _whole(self, body: bytes, status: int) -> None:
+        headers = [(b"content-type", self.dialect.media_type.encode()), (b"content-length", b"%d" % len(body))]
+        self._started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
 
 class _Api:
@@ -234,48 +255,58 @@ class _Api:
             }
         )
 
+    async def v1_models(self, _: HttpRequest) -> Response:
+        listed = [openai.model(name, model) for name, model in self._backend.models.items()]
+        return Response(encode({"object": "list", "data": listed}), media_type=openai.JSON)
+
+    async def v1_model(self, request: HttpRequest) -> Response:
+        name = request.path_params["model"]
+        try:
+            found = self._find(name, 404, f"model '{name}' not found")
+        except ApiError as error:
+            return Response(openai.refusal(error), error.status, media_type=openai.JSON)
+        return Response(encode(openai.model(name, found)), media_type=openai.JSON)
+
     # -- inference
 
     async def generate(self, body: bytes, reply: _Reply) -> None:
         began_s = time.monotonic()
-        request = wire.parse_request(body, "GenerateRequest")
+        request = reply.dialect.read(body)
         model = self._find(request.model, 404, f"model '{request.model}' not found")
-        shape = _Shape(request.model, chat=False)
         if not request.prompt and request.keep_alive_s == 0:
             self.residency.expire(model)
-            return await reply.document(shape.document(done=True, done_reason="unload"))
+            return await reply.document(native(request.model, chat=False, done=True, done_reason="unload"))
         if request.raw and (request.template or request.system or request.context):
             raise ApiError(400, "raw mode does not support template, system, or context")
         options = self._check(request, model, "generate")
         async with self.residency.lease(model, options.num_ctx, request.keep_alive_s) as runner:
             loaded_s = time.monotonic()
             if not request.prompt:
-                return await reply.document(shape.document(done=True, done_reason="load"))
+                return await reply.document(native(request.model, chat=False, done=True, done_reason="load"))
             prompt = request.prompt
             if not request.raw:
                 system = [Message("system", request.system)] if request.system else []
                 prompt = await runner.render([*system, Message("user", prompt)], truncate=request.truncate)
                 if request.context:
                     prompt = await runner.detokenize(request.context) + prompt
-            await self._answer(request, options, runner, prompt, shape, reply, began_s, loaded_s)
+            await self._answer(request, options, runner, prompt, reply, began_s, loaded_s, chat=False)
 
     async def chat(self, body: bytes, reply: _Reply) -> None:
         began_s = time.monotonic()
-        request = wire.parse_request(body, "ChatRequest")
+        request = reply.dialect.read(body)
         if not request.model:
             raise ApiError(400, "model is required")
         model = self._find(request.model, 404, f"model '{request.model}' not found")
-        shape = _Shape(request.model, chat=True)
         if not request.messages and request.keep_alive_s == 0:
             self.residency.expire(model)
-            return await reply.document(shape.document(done=True, done_reason="unload"))
+            return await reply.document(native(request.model, chat=True, done=True, done_reason="unload"))
         options = self._check(request, model, "chat")
         async with self.residency.lease(model, options.num_ctx, request.keep_alive_s) as runner:
             loaded_s = time.monotonic()
             if not request.messages:
-                return await reply.document(shape.document(done=True, done_reason="load"))
+                return await reply.document(native(request.model, chat=True, done=True, done_reason="load"))
             prompt = await runner.render(request.messages, truncate=request.truncate)
-            await self._answer(request, options, runner, prompt, shape, reply, began_s, loaded_s)
+            await self._answer(request, options, runner, prompt, reply, began_s, loaded_s, chat=True)
 
     async def _answer(
         self,
@@ -283,16 +314,18 @@ class _Api:
         options: Options,
         runner: Runner,
         prompt: str,
-        shape: _Shape,
         reply: _Reply,
         began_s: float,
         loaded_s: float,
+        *,
+        chat: bool,
     ) -> None:
         if request.render_only:
-            return await reply.document(shape.document(done=False, _debug_info={"rendered_template": prompt}))
+            rendered = {"rendered_template": prompt}
+            return await reply.document(native(request.model, chat=chat, done=False, _debug_info=rendered))
         completion = Completion(prompt, options, request.schema, request.logprobs, request.truncate)
         pieces: list[Piece] = []
-        keep_text = not request.stream or not (shape.chat or request.raw)
+        keep_text = not request.stream or not (chat or request.raw)
         async with contextlib.aclosing(runner.complete(completion)) as parts:
             async for part in parts:
                 if isinstance(part, FinalPart):
@@ -300,13 +333,13 @@ class _Api:
                 if keep_text:
                     pieces += part
                 if request.stream:
-                    await reply.lines(shape.lines(part))
+                    await reply.stream(reply.dialect.pieces(part))
             else:
                 raise ApiError(500, "the answer ended without a result")
         final = part
         text = "".join(piece.text for piece in pieces)
         fields: dict[str, Any] = {"done_reason": final.reason}
-        if not shape.chat and not request.raw and (context := await runner.tokenize(prompt + text)):
+        if not chat and not request.raw and (context := await runner.tokenize(prompt + text)):
             fields["context"] = context
         now_s = time.monotonic()
         fields |= _without_zeros(
@@ -318,15 +351,15 @@ class _Api:
             eval_duration=final.eval_ns,
         )
         if request.stream:
-            await reply.lines(encode(shape.document(done=True, **fields)) + b"\n")
+            await reply.stream(reply.dialect.last(native(request.model, chat=chat, done=True, **fields)))
             return await reply.end()
         if request.logprobs is not None:
             fields["logprobs"] = [entry for piece in pieces for entry in piece.logprobs or ()]
-        await reply.document(shape.document(text, done=True, **fields))
+        await reply.document(native(request.model, text, chat=chat, done=True, **fields))
 
     async def embed(self, body: bytes, reply: _Reply) -> None:
         began_s = time.monotonic()
-        request = wire.parse_request(body, "EmbedRequest")
+        request = reply.dialect.read(body)
         missing = f'model "{request.model}" not found, try pulling it first'
         model = self._find(request.model, 404, missing if request.model else "model '' not found")
         options = wire.parse_options(request.options)
@@ -346,7 +379,7 @@ class _Api:
             await reply.document({"model": request.model, "embeddings": vectors, **durations})
 
     async def embeddings(self, body: bytes, reply: _Reply) -> None:
-        request = wire.parse_request(body, "EmbeddingRequest")
+        request = reply.dialect.read(body)
         if not request.model:
             raise ApiError(400, "model is required")
         model = self._find(request.model, 404, f'model "{request.model}" not found, try pulling it first')
@@ -387,36 +420,6 @@ class _Api:
 
 def _without_zeros(**counts: int) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
-
-
-class _Shape:
-    """Writes the lines of one answer, generate's or chat's; what does not change from line to line is made once."""
-
-    def __init__(self, model: str, *, chat: bool) -> None:
-        self.chat = chat
-        self._model = model
-        self._head = f'{{"model":{quote(model)},"created_at":"'
-        self._middle = '","message":{"role":"assistant","content":' if chat else '","response":'
-        self._tail = '},"done":false' if chat else ',"done":false'
-
-    def lines(self, pieces: Sequence[Piece]) -> bytes:
-        """A line for each piece, all with the same `created_at`: they became ready together."""
-        start = f"{self._head}{rfc3339(time.time_ns())}{self._middle}"
-        tail = self._tail
-        return "".join(
-            [
-                f"{start}{quote(text)}{tail}}}\n"
-                if logprobs is None
-                else f'{start}{quote(text)}{tail},"logprobs":{encode(logprobs).decode()}}}\n'
-                for text, logprobs in pieces
-            ]
-        ).encode()
-
-    def document(self, text: str = "", *, done: bool, **fields: Any) -> dict[str, Any]:
-        # A prompt that was only rendered has, in Ollama, a message with nothing in it.
-        role = "" if "_debug_info" in fields else "assistant"
-        content = {"message": {"role": role, "content": text}} if self.chat else {"response": text}
-        return {"model": self._model, "created_at": rfc3339(time.time_ns()), **content, "done": done, **fields}
 
 
 # -- the server -------------------------------------------------------------------------------------------------------

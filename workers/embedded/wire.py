@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from json.encoder import encode_basestring
@@ -54,11 +55,13 @@ def quote(text: str) -> str:
 
 
 _encoder = msgspec.json.Encoder()
+_sorting_encoder = msgspec.json.Encoder(order="sorted")
 
 
-def encode(value: Any) -> bytes:
-    """A whole JSON document as Go writes it, without the newline."""
-    return _escape_html(_encoder.encode(value).decode()).encode()
+def encode(value: Any, *, as_map: bool = False) -> bytes:
+    """A whole JSON document as Go writes it, without the newline: `as_map` sorts the keys, as Go does for its maps."""
+    encoder = _sorting_encoder if as_map else _encoder
+    return _escape_html(encoder.encode(value).decode()).encode()
 
 
 def rfc3339(epoch_ns: int) -> str:
@@ -111,7 +114,7 @@ def parse_keep_alive(value: Any) -> float | None:
             if value.startswith("-"):
                 seconds = -seconds
         case _:
-            raise ApiError(400, f"Unsupported type: '{_go_kind(value)}'")
+            raise ApiError(400, f"Unsupported type: '{go_kind(value)}'")
     return FOREVER_S if seconds < 0 else seconds
 
 
@@ -195,7 +198,10 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_GO_TYPES: Final[dict[str, tuple[type | tuple[type, ...], str]]] = {
+GoTypes = Mapping[str, tuple[type | tuple[type, ...], str]]
+"""Of the fields of a request: what is accepted, and what Ollama's wording calls it."""
+
+_GO_TYPES: Final[GoTypes] = {
     "model": (str, "string"),
     "name": (str, "string"),
     "prompt": (str, "string"),
@@ -217,7 +223,8 @@ _GO_TYPES: Final[dict[str, tuple[type | tuple[type, ...], str]]] = {
 }
 
 
-def _go_kind(value: Any) -> str:
+def go_kind(value: Any) -> str:
+    """What Go's decoder calls a JSON value."""
     match value:
         case bool():
             return "bool"
@@ -231,33 +238,39 @@ def _go_kind(value: Any) -> str:
             return "object"
 
 
-def _check(value: Any, kind: type | tuple[type, ...], where: str, go_type: str) -> None:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ApiError(400, f"json: cannot unmarshal {_go_kind(value)} into Go {where} of type {go_type}")
+def check(value: Any, kind: type | tuple[type, ...], where: str, go_type: str) -> None:
+    """ApiError 400 in Go's words when `value`, found `where`, is not of `kind`."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        literal = f" {value}" if kind is int and isinstance(value, float) else ""
+        raise ApiError(400, f"json: cannot unmarshal {go_kind(value)}{literal} into Go {where} of type {go_type}")
 
 
-def parse_body(body: bytes, struct: str) -> dict[str, Any]:
-    """The JSON object of a request, nulls dropped. `struct` is the Go type that Ollama's wording names."""
+def parse_body(body: bytes, struct: str, types: GoTypes = _GO_TYPES, package: str = "api") -> dict[str, Any]:
+    """The JSON object of a request, nulls dropped. `package` and `struct` are the Go type Ollama's wording names."""
     if not body.strip():
-        raise ApiError(400, "missing request body")
+        raise ApiError(400, "missing request body" if package == "api" else "EOF")
     try:
         values = msgspec.json.decode(body)
     except msgspec.DecodeError as error:
         raise ApiError(400, f"invalid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ApiError(400, f"json: cannot unmarshal {_go_kind(values)} into Go value of type api.{struct}")
+        raise ApiError(400, f"json: cannot unmarshal {go_kind(values)} into Go value of type {package}.{struct}")
     values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
-        if expected := _GO_TYPES.get(name):
-            _check(value, expected[0], f"struct field {struct}.{name}", expected[1])
+        if expected := types.get(name):
+            check(value, expected[0], f"struct field {struct}.{name}", expected[1])
     return values
 
 
 def parse_request(body: bytes, struct: str) -> Request:
     """A request of generate, chat, embed or embeddings; ApiError 400 in Ollama's words when it makes no sense."""
-    values = parse_body(body, struct)
+    return to_request(parse_body(body, struct), struct)
+
+
+def to_request(values: dict[str, Any], struct: str) -> Request:
+    """The request in a native body, given without nulls and with its own fields' types already checked."""
     for index in (context := values.get("context", [])):
-        _check(index, int, f"struct field {struct}.context", "int")
+        check(index, int, f"struct field {struct}.context", "int")
     top_logprobs = values.get("top_logprobs", 0)
     if not 0 <= top_logprobs <= 20:
         raise ApiError(400, "top_logprobs must be between 0 and 20")
@@ -286,10 +299,10 @@ def parse_request(body: bytes, struct: str) -> Request:
 
 
 def _parse_message(item: Any, struct: str) -> Message:
-    _check(item, dict, f"struct field {struct}.messages", "api.Message")
+    check(item, dict, f"struct field {struct}.messages", "api.Message")
     fields = {name: item[name] for name in ("role", "content") if item.get(name) is not None}
     for name, value in fields.items():
-        _check(value, str, f"struct field {struct}.messages.{name}", "string")
+        check(value, str, f"struct field {struct}.messages.{name}", "string")
     return Message(fields.get("role", "").lower(), fields.get("content", ""))
 
 

@@ -3,8 +3,10 @@
 from msgspec.structs import replace
 
 from broker.scheduler import WarmFirst
-from common.protocol import Assign, Engine, Model
-from tests.unit.broker.harness import Harness, engine, rid_of
+from common.protocol import LIGHT_MAX, Assign, Engine, Model, Query, Snapshot, attempt_of
+from tests.unit.broker.harness import Harness, claim_of, engine, rid_of
+
+A1 = attempt_of(1, 7)
 
 
 def fleet(*workers: str, slots: int = 1) -> Harness:
@@ -139,3 +141,47 @@ def test_a_busy_model_is_not_evicted() -> None:
     for name in ("r1", "r3"):
         h.end(rid_of(name), h.request(rid_of(name)).attempt, 0)
     assert where(h, "r2") == "w1"
+
+
+def test_a_light_request_waits_for_no_slot() -> None:
+    h = fleet("w1")
+    h.submit("r1")
+    h.submit("r2")
+    h.submit("asks", light=True)
+    assert [where(h, name) for name in ("r1", "r2", "asks")] == ["w1", "queue", "w1"]
+    assert [assign.digest for assign in h.told(Assign, b"w1")] == ["sha:m:latest", ""]
+    assert h.core.state.workers["w1"].busy == {("http://e1", "sha:m:latest"): 1, ("http://e1", ""): 1}
+
+
+def test_light_requests_have_a_bound_of_their_own() -> None:
+    h = fleet("w1")
+    names = [f"asks{number}" for number in range(LIGHT_MAX + 2)]
+    for name in names:
+        h.submit(name, light=True)
+    assert [where(h, name) for name in names] == ["w1"] * LIGHT_MAX + ["queue"] * 2
+    h.submit("r1")
+    assert where(h, "r1") == "w1"
+
+
+def test_a_light_request_goes_to_an_engine_that_is_full_of_busy_models() -> None:
+    h = fleet()
+    h.worker("w1", replace(engine("m:latest", "n:latest"), models_max=1))
+    h.submit("asks", light=True)
+    h.submit("r1")
+    h.submit("asks too", model="n:latest", light=True)
+    assert [where(h, name) for name in ("asks", "r1", "asks too")] == ["w1"] * 3
+
+
+def test_a_light_request_is_still_one_for_a_broker_that_hears_of_it_from_its_worker() -> None:
+    h = fleet()
+    h.worker("w1", claims=[claim_of(rid_of("asks"), A1, digest="")])
+    assert h.request(rid_of("asks")).submit.light
+
+
+def test_operators_see_slots_only() -> None:
+    h = fleet("w1")
+    h.submit("asks", light=True)
+    h.submit("r1")
+    h.from_gateway(Query(id=1, what="hosts"))
+    (snapshot,) = [snapshot for snapshot in h.told(Snapshot) if snapshot.id]
+    assert snapshot.hosts[0].busy == {"http://e1": {"sha:m:latest": 1}}

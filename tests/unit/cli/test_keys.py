@@ -6,6 +6,7 @@ import json
 import re
 import stat
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from cli.settings import websocket_url
 from common.config import default_data_dir
 from common.errors import ProcessError, UsageError
 from gateway.auth import verify
-from gateway.store import Client, Store, StoreError
+from gateway.store import Client, Store, StoreError, Token, token_digest
 
 LINE = "wl1:challenge"
 
@@ -36,6 +37,14 @@ def keys(*arguments: str | Path) -> Result:
 def registered(name: str) -> Client | None:
     with contextlib.closing(Store.open(Path("data").absolute())) as store:
         return store.get(name)
+
+
+def found(text: str) -> Token:
+    """The token of that text."""
+    with contextlib.closing(Store.open(Path("data").absolute())) as store:
+        pair = store.find_token(token_digest(text) or "")
+        assert pair is not None
+        return pair[0]
 
 
 def signature(private: Path) -> str:
@@ -65,6 +74,7 @@ def test_a_created_client_can_authenticate(options: tuple[str, ...], algorithm: 
     assert verify(registered("alice"), algorithm, signature(files.private), LINE)
     client = registered("alice")
     assert client is not None
+    assert client.key is not None
     assert client.key.pem == files.public.read_text()
 
 
@@ -193,7 +203,18 @@ def test_revoking_nobody_fails() -> None:
     assert "there is no client 'nobody'" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("revoke", "ann")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("list",),
+        ("list", "--json"),
+        ("revoke", "ann"),
+        ("tokens",),
+        ("tokens", "ann", "--json"),
+        ("revoke-token", "00000000"),
+        ("rotate", "00000000"),
+    ],
+)
 def test_a_mistyped_data_dir_is_told_and_not_made(arguments: Sequence[str], tmp_path: Path) -> None:
     typo = tmp_path / "dtaa"
     result = keys(*arguments, "--data-dir", typo)
@@ -248,6 +269,13 @@ def test_a_revoked_client_is_not_ensured(tmp_path: Path) -> None:
     assert ensure_client(tmp_path / "data", "local").name == "local-2_config.json"
 
 
+def test_an_ensured_client_may_have_had_tokens_only(tmp_path: Path) -> None:
+    assert keys("token", "local").exit_code == 0
+    data = tmp_path / "data"
+    assert ensure_client(data, "local").name == "local_config.json"
+    assert verify(registered("local"), None, signature(data / "keys" / "local_key.pem"), LINE)
+
+
 def test_nothing_is_left_of_a_client_when_the_registry_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise StoreError("the disk is full")
@@ -256,3 +284,161 @@ def test_nothing_is_left_of_a_client_when_the_registry_fails(tmp_path: Path, mon
     result = keys("create", "alice")
     assert (result.exit_code, result.stderr) == (1, "weftline: the disk is full\n")
     assert list((tmp_path / "keys").iterdir()) == []
+
+
+# Tokens
+
+
+def test_a_token_is_printed_alone_and_told_of_on_the_side() -> None:
+    result = keys("token", "alice")
+    assert result.exit_code == 0
+    text = result.stdout.removesuffix("\n")
+    token = found(text)
+    assert (token.client, token.scopes, token.models) == ("alice", ("inference", "models:read"), ("*",))
+    assert token.expires_at is None
+    for hint in ("shown this once", token.id, "OLLAMA_HOST=http://HOST:3000/k/TOKEN", "OPENAI_API_KEY=TOKEN"):
+        assert hint in result.stderr
+    assert text[12:] not in result.stderr, "stderr may be a log"
+
+
+def test_a_token_gets_the_rights_that_are_named() -> None:
+    result = keys(
+        *("token", "alice", "--scope", "models:write", "--scope", "inference", "--model", "llama3*", "--model", "*:3b"),
+        *("--expires", "30d", "--json"),
+    )
+    assert result.exit_code == 0
+    shown = json.loads(result.stdout)
+    token = found(shown.pop("token"))
+    assert token.scopes == ("inference", "models:write")
+    assert token.models == ("llama3*", "*:3b")
+    assert token.expires_at is not None
+    assert abs(token.expires_at - token.created_at - timedelta(days=30)) < timedelta(minutes=1)
+    assert shown == {
+        "id": token.id,
+        "client": "alice",
+        "scopes": ["inference", "models:write"],
+        "models": ["llama3*", "*:3b"],
+        "createdAt": token.created_at.isoformat(),
+        "expiresAt": token.expires_at.isoformat(),
+        "revokedAt": None,
+        "state": "active",
+    }
+
+
+def test_a_client_with_a_key_gets_a_token_too() -> None:
+    keys("create", "alice", "--algorithm", "ed25519")
+    assert keys("token", "alice", "--expires", "never").exit_code == 0
+    (row,) = json.loads(keys("list", "--json").stdout)
+    assert (row["id"], row["algorithm"]) == ("alice", "ed25519")
+
+
+def test_a_client_without_a_key_is_listed_and_may_get_one() -> None:
+    keys("token", "alice")
+    assert keys("list").stdout.split()[:3] == ["alice", "-", "-"]
+    (row,) = json.loads(keys("list", "--json").stdout)
+    assert (row["algorithm"], row["fingerprint"]) == (None, None)
+    assert keys("create", "alice", "--algorithm", "ed25519").exit_code == 0
+    assert keys("list").stdout.split()[1] == "ed25519"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("alice", "--scope", "everything"),
+            "'everything' is not one of 'inference', 'models:read', 'models:write', 'ad",
+        ),
+        (("alice", "--expires", "30"), "'30' is not a duration"),
+        (("alice", "--expires", "-1d"), "'-1d' is not a duration"),
+        (("alice", "--expires", "999999d"), "'999999d' is not a duration"),
+        (("alice", "--expires", "1d12h"), "'1d12h' is not a duration"),
+        (("alice", "--expires", "0s"), "expired already"),
+        (("alice", "--model", "two words"), "can't be a pattern"),
+        (("../alice",), "can't be a client's name"),
+    ],
+)
+def test_a_mistaken_token_is_status_2_and_none_is_made(arguments: Sequence[str], sentence: str) -> None:
+    result = keys("token", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert sentence in " ".join(result.stderr.replace("│", " ").split())
+    assert registered("alice") is None
+
+
+def test_tokens_are_listed_with_their_state_and_without_their_secret() -> None:
+    assert "keys token NAME" in keys("tokens").stdout
+    assert json.loads(keys("tokens", "--json").stdout) == []
+    assert not default_data_dir().exists(), "looking makes nothing"
+    with contextlib.closing(
+        Store.open(Path("data").absolute(), clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
+    ) as store:
+        store.add_token("bob", expires_at=datetime(2026, 1, 2, tzinfo=UTC))
+    texts = [keys("token", name).stdout.strip() for name in ("alice", "alice")]
+    ids = [found(text).id for text in texts]
+    result = keys("revoke-token", ids[0])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"Revoked the token {ids[0]} of 'alice'" in result.stdout
+    assert keys("revoke-token", ids[0]).exit_code == 0
+
+    shown = keys("tokens").stdout
+    heads, *lines = shown.splitlines()
+    assert heads.split() == ["ID", "CLIENT", "SCOPES", "MODELS", "CREATED", "EXPIRES", "STATE"]
+    assert [line.split()[1] for line in lines] == ["alice", "alice", "bob"]
+    assert ("revoked" in lines[0], lines[1].split()[-1], lines[2].split()[-1]) == (True, "active", "expired")
+    assert "inference, models:read" in lines[2]
+    rows = json.loads(keys("tokens", "--json").stdout)
+    assert [(row["client"], row["state"]) for row in rows] == [
+        ("alice", "revoked"),
+        ("alice", "active"),
+        ("bob", "expired"),
+    ]
+    assert all(text[12:] not in shown + json.dumps(rows) for text in texts)
+    assert [row["client"] for row in json.loads(keys("tokens", "bob", "--json").stdout)] == ["bob"]
+    nobody = keys("tokens", "nobody")
+    assert (nobody.exit_code, nobody.stdout) == (1, "")
+    assert "there is no client 'nobody'" in nobody.stderr
+
+
+def test_a_revoked_client_loses_its_tokens() -> None:
+    text = keys("token", "alice").stdout.strip()
+    assert keys("revoke", "alice").exit_code == 0
+    assert found(text).revoked
+    result = keys("token", "alice")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "the client 'alice' was revoked" in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--overlap", "0s")])
+def test_a_rotated_token_is_over_at_once(options: Sequence[str]) -> None:
+    old = keys("token", "alice", "--scope", "admin").stdout.strip()
+    result = keys("rotate", found(old).id, *options)
+    assert result.exit_code == 0
+    new = result.stdout.strip()
+    assert found(old).revoked
+    assert found(new).scopes == ("admin",)
+    assert found(new).id in result.stderr
+
+
+def test_a_rotated_token_may_overlap_with_the_new_one() -> None:
+    old = keys("token", "alice").stdout.strip()
+    shown = json.loads(keys("rotate", found(old).id, "--overlap", "90m", "--json").stdout)
+    now = datetime.now(UTC)
+    assert found(shown["token"]).id == shown["id"]
+    assert found(old).live(now)
+    assert not found(old).live(now + timedelta(minutes=91))
+
+
+@pytest.mark.parametrize("command", ["rotate", "revoke-token"])
+def test_an_unknown_token_fails(command: str) -> None:
+    keys("token", "alice")
+    result = keys(command, "nothere0")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "there is no token 'nothere0'" in result.stderr
+
+
+def test_a_failed_write_prints_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Store, "add_token", broken)
+    result = keys("token", "alice")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "weftline: the disk is full\n")

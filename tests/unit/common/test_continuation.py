@@ -58,7 +58,7 @@ def test_what_cannot_be_continued_says_why(more: dict[str, Any], named: str) -> 
     assert named in objection("/api/chat", json.encode(CHAT | more))
 
 
-@pytest.mark.parametrize("path", ["/api/embed", "/v1/chat/completions", "/api/generate/", ""])
+@pytest.mark.parametrize("path", ["/api/embed", "/v1/messages", "/api/generate/", ""])
 def test_other_routes_cannot_be_continued(path: str) -> None:
     assert path in objection(path, json.encode(GENERATE))
 

@@ -198,6 +198,7 @@ def test_another_challenge_a_revoked_and_an_unknown_client_fail() -> None:
     assert not verify(client(RSA), None, signature, LINE + "x")
     assert not verify(replace(client(RSA), revoked_at=datetime.now(UTC)), None, signature, LINE)
     assert not verify(None, None, signature, LINE)
+    assert not verify(replace(client(RSA), key=None), None, signature, LINE)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,15 @@ def test_only_canonical_base64_counts(spoil: Callable[[str], str]) -> None:
     assert not verify(client(RSA), None, spoil(signature), LINE)
 
 
-@pytest.mark.parametrize("who", [client(RSA), None, replace(client(RSA), revoked_at=datetime.now(UTC))])
+@pytest.mark.parametrize(
+    "who",
+    [
+        pytest.param(client(RSA), id="known"),
+        pytest.param(None, id="unknown"),
+        pytest.param(replace(client(RSA), revoked_at=datetime.now(UTC)), id="revoked"),
+        pytest.param(replace(client(RSA), key=None), id="without a key"),
+    ],
+)
 @pytest.mark.parametrize("signature", [sign(RSA, LINE), sign(OTHER_RSA, LINE), "not base64", ""])
 def test_every_answer_costs_one_check(who: Client | None, signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[object] = []
@@ -279,9 +288,18 @@ async def test_the_right_client_is_let_in_at_once() -> None:
 async def test_failures_look_alike_and_come_at_one_moment() -> None:
     time = Time()
     revoked = replace(client(OTHER_RSA, name="bob"), revoked_at=datetime.now(UTC))
-    gate = authenticator(time, {"alice": client(RSA), "bob": revoked}.get)
+    keyless = replace(client(RSA, name="carol"), key=None)
+    gate = authenticator(time, {"alice": client(RSA), "bob": revoked, "carol": keyless}.get)
+    attempts = (
+        ("alice", OTHER_RSA),
+        ("bob", OTHER_RSA),
+        ("carol", RSA),
+        ("nobody", RSA),
+        ("no/body" * 999, RSA),
+        ("", RSA),
+    )
     texts = set()
-    for name, key in (("alice", OTHER_RSA), ("bob", OTHER_RSA), ("nobody", RSA), ("no/body" * 1000, RSA), ("", RSA)):
+    for name, key in attempts:
         challenge, received = gate.challenge(), time.now
         texts.add(await failure(attempt(gate, challenge, name, sign(key, challenge.line))))
         assert time.now == pytest.approx(received + ANSWER_S)

@@ -79,7 +79,8 @@ def test_the_rest_is_generated_raw_from_prompt_and_text(path: str) -> None:
     same = {"keep_alive": "5m", "truncate": False, "shift": False, "logprobs": True, "top_logprobs": 2}
     options = {"temperature": 0.5, "seed": 7, "num_ctx": 512, "stop": ["\n"], "num_predict": -1}
     more = same | {"options": options, "system": "s", "template": "t", "think": False, "format": "", "raw": False}
-    _, request = begun(path, ["Because", "", " \u00fc\U0001f600"], "<user>Why?<assistant>", **more)
+    continuation, request = begun(path, ["Because", "", " \u00fc\U0001f600"], "<user>Why?<assistant>", **more)
+    assert continuation.render_path == path
     assert request == same | {
         "model": "m",
         "prompt": "<user>Why?<assistant>Because \u00fc\U0001f600",

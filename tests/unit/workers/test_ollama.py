@@ -62,6 +62,11 @@ async def backend(ollama: Ollama) -> AsyncIterator[Backend]:
         yield backend
 
 
+def raw(entry: Any) -> bytes:
+    """As it stands in the answer."""
+    return json.dumps(entry).encode()
+
+
 def listed(name: str, digest: str, family: str = "llama") -> dict[str, Any]:
     return {"name": name, "digest": digest, "size": 7, "details": {"family": family, "families": [family]}}
 
@@ -71,13 +76,22 @@ async def test_models_with_slots_aliases_and_residency(ollama: Ollama, backend: 
     ollama.resident = [listed("z:latest", "d1")]
     ollama.capabilities = {"a:latest": ["completion"], "e:latest": ["embedding"]}
     assert await backend.poll()
+    z = raw(ollama.resident[0])
     assert backend.engine == Engine(
         url=URL,
         version="0.33.0",
         models=(
-            Model(name="a:latest", digest="d1", slots=4, size_bytes=7, resident=True),
-            Model(name="e:latest", digest="d2", slots=1, size_bytes=7, embedding=True),
-            Model(name="z:latest", digest="d1", slots=4, size_bytes=7, resident=True),
+            Model(
+                name="a:latest",
+                digest="d1",
+                slots=4,
+                size_bytes=7,
+                resident=True,
+                listed=z.replace(b"z:", b"a:"),
+                running=z,
+            ),
+            Model(name="e:latest", digest="d2", slots=1, size_bytes=7, embedding=True, listed=raw(ollama.models[2])),
+            Model(name="z:latest", digest="d1", slots=4, size_bytes=7, resident=True, listed=z, running=z),
         ),
     )
     ollama.asked.clear()

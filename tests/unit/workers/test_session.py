@@ -14,6 +14,7 @@ from common.errors import Code
 from common.protocol import (
     CHUNK_BYTES_MAX,
     COUNT_MAX,
+    LIGHT_MAX,
     SILENCE_S,
     Assign,
     Beat,
@@ -472,6 +473,60 @@ def test_slots_are_counted_per_engine_and_digest() -> None:
     rig.feed(first, FINAL)
     rig.session.eof(first, rig.now)
     rig.assign(b"d")  # free at the end, not at the release
+
+
+def test_a_light_request_takes_no_slot_and_has_a_bound_of_its_own() -> None:
+    rig = Rig()
+    rig.session.set_engines((replace(ENGINES[0], models_max=1),))
+    for number in range(LIGHT_MAX):
+        rig.assign(b"light%d" % number, digest="")
+    rig.assign(b"r")
+    rig.take()
+    rig.handle(assign(b"more", 1, digest=""), b"body")
+    (refused,) = rig.take()
+    assert refused.reason == f"{LIGHT_MAX} light requests run on {ENGINES[0].url}"
+
+
+USAGE = b'data: {"usage":{"prompt_tokens":2,"completion_tokens":3}}\n\n'
+SSE_LINES = (b'data: {"choices":[]}\n', b"\n")
+
+
+def stream_events(rig: Rig) -> Lease:
+    lease = rig.assign()
+    rig.session.head(lease, 200, "text/event-stream", rig.now)
+    return lease
+
+
+@pytest.mark.parametrize(
+    ("last", "stats"),
+    [
+        (USAGE + b"data: [DONE]\n\n", Stats(prompt_tokens=2, completion_tokens=3)),
+        (b"data: [DONE]\n\n", Stats()),
+        (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', Stats()),
+    ],
+)
+def test_events_are_sent_on_line_by_line(last: bytes, stats: Stats) -> None:
+    rig = Rig()
+    lease = stream_events(rig)
+    rig.session.feed(lease, b"".join(SSE_LINES), rig.now)
+    for piece in (last[:5], last[5:-1], last[-1:]):
+        rig.session.feed(lease, piece, rig.now)
+    rig.session.eof(lease, rig.now)
+    rig.pump_all()
+    assert b"".join(payload for message, payload in rig.out if isinstance(message, Chunk)) == b"".join(SSE_LINES) + last
+    assert lease.events[:2] == list(SSE_LINES)
+    end = rig.out[-1][0]
+    assert (end.seq, end.stats) == (2 + last.count(b"\n"), stats)
+
+
+@pytest.mark.parametrize("rest", [b"", b"data: {", b"\n", b"event: message_delta\n"])
+def test_events_without_the_last_one_are_a_failure(rest: bytes) -> None:
+    rig = Rig()
+    lease = stream_events(rig)
+    rig.session.feed(lease, b"".join(SSE_LINES) + rest, rig.now)
+    rig.session.eof(lease, rig.now)
+    failed = rig.take()[-1]
+    assert (failed.code, failed.seq) == (Code.BACKEND_ERROR, 2 + rest.count(b"\n"))
 
 
 def test_what_would_evict_a_busy_model_is_refused() -> None:

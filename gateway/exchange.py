@@ -1,0 +1,241 @@
+"""One HTTP request that is handed on as it came, and its answer as the engine gave it.
+
+An exchange is an ASGI response. What the stream brings is put into an outbox and written in one piece per turn, so that
+lines which were ready together leave together; past `outbox_bytes_max` the stream pauses and is refilled by replay. A
+streamed answer (NDJSON or SSE) begins with the engine's head; a document is held until it is whole, so that it has a
+length, and a failure a status. When the client leaves, the request is cancelled down to the engine.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.errors import Code, FabricError
+from common.logs import Log
+from common.ollama import NDJSON, SSE
+from common.protocol import BODY_BYTES_MAX, End, Failed
+from gateway.dialects import RETRY_AFTER_S, STATUS, Dialect, status_of, words_of
+from gateway.metrics import Metrics
+from gateway.session import Begins, Events, Output, Over, Stream
+from gateway.upstream import Upstream
+
+log = Log("gateway")
+
+JSON: Final = b"application/json; charset=utf-8"
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Gone(Exception):
+    """The client left, or took nothing any more."""
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Call:
+    """What is asked of an engine, and in whose name."""
+
+    client: str
+    ref: str
+    model: str
+    path: str
+    body: bytes
+    light: bool = False
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body.
+
+    Raises:
+        Gone: the client left.
+        FabricError: TOO_LARGE.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > BODY_BYTES_MAX:
+            raise FabricError(Code.TOO_LARGE, f"a request may have at most {BODY_BYTES_MAX} bytes")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def answer(
+    send: Send, status: int, body: bytes, *, content_type: bytes = JSON, retry_after_s: int | None = None
+) -> None:
+    """A whole answer."""
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
+    if retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % retry_after_s))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def refuse(send: Send, dialect: Dialect, error: FabricError, retry_after_ms: int | None = None) -> None:
+    """Answer with an error of our own."""
+    status = STATUS.get(error.code, 500)
+    document = dialect.document(status, error.code, error.message)
+    await answer(send, status, document, retry_after_s=_retry_after_s(status, retry_after_ms))
+
+
+def _retry_after_s(status: int, retry_after_ms: int | None) -> int | None:
+    if status not in (429, 503):
+        return None
+    return RETRY_AFTER_S if retry_after_ms is None else math.ceil(retry_after_ms / 1000)
+
+
+class Exchange:
+    """The answer to one call. `run` it once; `dismiss` and `revoke` end it from outside, also before."""
+
+    def __init__(self, dialect: Dialect, upstream: Upstream, metrics: Metrics, outbox_bytes_max: int) -> None:
+        self._dialect = dialect
+        self._upstream = upstream
+        self._metrics = metrics
+        self._outbox_bytes_max = outbox_bytes_max
+        self._stream: Stream | None = None
+        self._revoked = False
+        self._head = Begins(200, "application/json")
+        self._streamed = False
+        self._started = False
+        self._outbox: list[bytes] = []
+        self._outbox_bytes = 0
+        self._paused = False
+        self._over: Over | None = None
+        self._filled = asyncio.Event()
+
+    async def run(self, call: Call, receive: Receive, send: Send) -> None:
+        """Submit the call and answer with what comes.
+
+        Raises:
+            FabricError: it was not accepted, and nothing was sent.
+            Gone: the client left.
+        """
+        if self._revoked:
+            raise FabricError(Code.AUTH_FAILED, "authentication failed")
+        stream = self._stream = self._upstream.submit(
+            client=call.client,
+            ref=call.ref,
+            model=call.model,
+            path=call.path,
+            body=call.body,
+            sink=self._hear,
+            light=call.light,
+        )
+        self._metrics.requests += 1
+        watch = asyncio.get_running_loop().create_task(_until_gone(receive))
+        watch.add_done_callback(lambda _: self._filled.set())
+        try:
+            while not watch.done():
+                await self._filled.wait()
+                self._filled.clear()
+                if await self._write(send):
+                    return
+            raise Gone
+        except OSError:
+            raise Gone from None  # ASGI 2.4: the peer has gone while something was being sent to it
+        finally:
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
+            if self._over is None:
+                self._upstream.forget(stream)
+
+    def dismiss(self) -> None:
+        """The gateway ends: so does the stream."""
+        if self._stream is not None and self._over is None:
+            self._upstream.forget(self._stream)
+            submit = self._stream.submit
+            text = "this gateway is shutting down"
+            failed = Failed(rid=submit.rid, attempt=self._stream.attempt, code=Code.SHUTTING_DOWN, message=text)
+            self._hear(Over(failed, b""))
+
+    def revoke(self) -> None:
+        """The client's key is good no more."""
+        self._revoked = True
+        if self._stream is not None:
+            self._upstream.cancel(self._stream, "this key was revoked")
+
+    def _hear(self, output: Output) -> None:
+        match output:
+            case Events():
+                self._metrics.events += output.n - output.skip
+                payload = output.payload if not output.skip else b"\n".join([*output.lines(), b""])
+                self._outbox.append(payload)
+                self._outbox_bytes += len(payload)
+                if self._streamed and self._outbox_bytes > self._outbox_bytes_max and not self._paused:
+                    assert self._stream is not None
+                    self._paused = True
+                    self._metrics.pauses += 1
+                    self._stream.pause()
+            case Begins():
+                self._head = output
+                self._streamed = output.content_type.partition(";")[0].strip() in (NDJSON, SSE)
+            case Over():
+                assert self._stream is not None
+                self._over = output
+                self._metrics.finished(self._stream, output.terminal)
+            case _:
+                return  # a place in the queue: HTTP has no way to tell it
+        self._filled.set()
+
+    async def _write(self, send: Send) -> bool:
+        """Write what there is; True if that was the last of it."""
+        over = self._over
+        if self._streamed:
+            await self._write_stream(send, last=over is not None and isinstance(over.terminal, End))
+        if over is None:
+            return False
+        if isinstance(over.terminal, End):
+            if not self._streamed:
+                body = b"".join(self._outbox)
+                await answer(send, self._head.status, body, content_type=self._head.content_type.encode("latin-1"))
+        else:
+            await self._fail(send, over.terminal, over.payload)
+        return True
+
+    async def _write_stream(self, send: Send, *, last: bool) -> None:
+        if not self._started:
+            self._started = True
+            headers = [(b"content-type", self._head.content_type.encode("latin-1")), (b"cache-control", b"no-cache")]
+            # Proxies like nginx would else hold back what comes slowly.
+            headers.append((b"x-accel-buffering", b"no"))
+            await send({"type": "http.response.start", "status": self._head.status, "headers": headers})
+        while self._outbox:
+            data = self._outbox[0] if len(self._outbox) == 1 else b"".join(self._outbox)
+            self._outbox.clear()
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            self._outbox_bytes = sum(map(len, self._outbox))
+            if self._paused and self._outbox_bytes <= self._outbox_bytes_max // 2:
+                self._paused = False
+                assert self._stream is not None
+                self._upstream.unpause(self._stream)
+        if last:
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _fail(self, send: Send, failed: Failed, payload: bytes) -> None:
+        self._metrics.errors[failed.code] += 1
+        status = status_of(failed)
+        assert self._stream is not None
+        submit = self._stream.submit
+        text = words_of(submit.path, submit.model, failed)
+        if self._started:
+            body = self._dialect.event(status, failed.code, text)
+            await send({"type": "http.response.body", "body": body})
+            return
+        retry_after_s = _retry_after_s(status, failed.retry_after_ms)
+        # What the engine answered itself is in its own words, and in its API's form.
+        body = payload if payload and failed.status else self._dialect.document(status, failed.code, text)
+        await answer(send, status, body, retry_after_s=retry_after_s)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

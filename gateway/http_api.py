@@ -1,0 +1,319 @@
+"""Ollama's, OpenAI's and Anthropic's HTTP APIs on the gateway: who may ask what, and where it goes.
+
+A request for inference is handed on as it came (gateway/exchange.py); lists are answered for the whole fleet
+(gateway/catalogue.py). A client says who it is by one of
+
+    Authorization: Bearer TOKEN      Ollama's and OpenAI's libraries
+    x-api-key: TOKEN                 Anthropic's
+    /k/TOKEN/…                       before any path: the `ollama` command line sends no header to a foreign host
+
+or, where the setting `anonymous` allows it, by being on this machine. Such a request must come from a loopback address,
+not through a proxy, name a loopback host (else a web page could reach it by rebinding its own name), and, if a page
+sent it, that page must be from a loopback host too.
+"""
+
+import ipaddress
+import secrets
+from collections.abc import Callable, Iterable, Set
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from common.errors import Code, FabricError
+from common.logs import Log
+from common.ollama import UNREADABLE
+from common.protocol import full_name, short_name
+from gateway import catalogue
+from gateway.catalogue import Catalogue
+from gateway.dialects import Anthropic, Dialect, Ollama, OpenAI
+from gateway.exchange import Call, Exchange, Gone, read_body, refuse
+from gateway.keyring import Grant, Keyring
+from gateway.store import MODELS, SCOPES, Scope, StoreError
+from gateway.websocket import Services
+
+OLLAMA, OPENAI, ANTHROPIC = Ollama(), OpenAI(), Anthropic()
+INFERENCE: Final[dict[str, Dialect]] = {
+    "/api/generate": OLLAMA,
+    "/api/chat": OLLAMA,
+    "/api/embed": OLLAMA,
+    "/api/embeddings": OLLAMA,
+    "/v1/chat/completions": OPENAI,
+    "/v1/completions": OPENAI,
+    "/v1/embeddings": OPENAI,
+    "/v1/responses": OPENAI,
+    "/v1/messages": ANTHROPIC,
+}
+ANONYMOUS: Final = Grant(client="~anonymous", token="", scopes=frozenset(SCOPES), models=MODELS)
+"""Who uses a gateway that lets its own machine in. No client can have this name."""
+MODEL_CHARS_MAX: Final = 512
+log = Log("gateway")
+
+TOKEN_PREFIX: Final = "/k/"
+
+_json = msgspec.json.Encoder().encode
+
+
+class _Job(msgspec.Struct):
+    """What the gateway reads of a request's body; `name` is what Ollama called it once."""
+
+    model: str = ""
+    name: str = ""
+
+
+_job = msgspec.json.Decoder(_Job)
+
+
+class TokenPaths:
+    """ASGI middleware: `/k/TOKEN/api/tags` is `/api/tags` with that token."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(TOKEN_PREFIX):
+            token, _, path = scope["path"].removeprefix(TOKEN_PREFIX).partition("/")
+            scope = {**scope, "path": f"/{path}", "raw_path": None, "weftline.token": token}
+        await self._app(scope, receive, send)
+
+
+class HttpApi:
+    """The routes, and what they share."""
+
+    def __init__(self, services: Services, keyring: Keyring) -> None:
+        self._services = services
+        self._keyring = keyring
+        self._catalogue = Catalogue(services.upstream)
+        self._exchanges: dict[Exchange, Grant] = {}
+        self.draining = False
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered by an engine."""
+        return len(self._exchanges)
+
+    def dismiss(self) -> None:
+        """End them all."""
+        for exchange in list(self._exchanges):
+            exchange.dismiss()
+
+    def revoke(self, clients: Set[str], tokens: Set[str]) -> None:
+        """End what runs for them."""
+        for exchange, grant in list(self._exchanges.items()):
+            if grant.client in clients or grant.token in tokens:
+                exchange.revoke()
+
+    def routes(self) -> Iterable[BaseRoute]:
+        for path, dialect in INFERENCE.items():
+            yield Route(path, _Inference(self, path, dialect), methods=["POST"])
+        yield Route(
+            "/api/show", _Inference(self, "/api/show", OLLAMA, scope=Scope.MODELS_READ, light=True), methods=["POST"]
+        )
+        yield self._list("/api/tags", lambda hosts, allowed, _: catalogue.tags(hosts, allowed))
+        yield self._list("/api/ps", lambda hosts, allowed, _: catalogue.ps(hosts, allowed))
+        yield self._list("/fabric/models", lambda hosts, allowed, _: catalogue.fabric_models(hosts, allowed))
+        yield self._list("/v1/models", lambda hosts, allowed, _: catalogue.openai_models(hosts, allowed), OPENAI)
+        yield self._list("/v1/models/{model:path}", _openai_model, OPENAI)
+        yield Route("/api/version", self._version, methods=["GET"])
+
+    async def grant(self, scope: AsgiScope, wanted: Scope) -> Grant:
+        """Who asks.
+
+        Raises:
+            FabricError: AUTH_REQUIRED, AUTH_FAILED, or FORBIDDEN without the scope `wanted`.
+        """
+        token = _token(scope)
+        if token:
+            try:
+                grant = await self._keyring.grant(token)
+            except StoreError as error:
+                log.warn("client registry unreadable", reason=str(error))
+                text = "the gateway cannot read its client registry; try again later"
+                raise FabricError(Code.INTERNAL, text) from None
+        elif self._services.settings.anonymous and _is_local(scope):
+            grant = ANONYMOUS
+        else:
+            raise FabricError(
+                Code.AUTH_REQUIRED,
+                "a key is needed: send it as `Authorization: Bearer KEY`, or put /k/KEY before the path; "
+                "an operator makes one with `weftline keys token NAME`",
+            )
+        if not grant.allows(wanted):
+            raise FabricError(Code.FORBIDDEN, f"this key does not have the scope {wanted}")
+        return grant
+
+    async def infer(
+        self, path: str, dialect: Dialect, wanted: Scope, light: bool, scope: AsgiScope, receive: Receive, send: Send
+    ) -> None:
+        """Answer a request by handing it to an engine."""
+        try:
+            if self.draining:
+                raise FabricError(Code.SHUTTING_DOWN, "this gateway is shutting down; connect again")
+            services = self._services
+            exchange = Exchange(dialect, services.upstream, services.metrics, services.settings.outbox_bytes_max)
+            grant = await self.grant(scope, wanted)
+            self._exchanges[exchange] = grant  # in the same turn: a revocation was seen by the one or finds the other
+            try:
+                body = await read_body(receive)
+                model = _model_of(body)
+                if not grant.allows_model(model):
+                    raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(model)!r}")
+                ref = secrets.token_hex(8)
+                call = Call(client=grant.client, ref=ref, model=model, path=path, body=body, light=light)
+                await exchange.run(call, receive, send)
+            finally:
+                del self._exchanges[exchange]
+        except FabricError as error:
+            self._services.metrics.errors[error.code] += 1
+            await refuse(send, dialect, error)
+        except Gone:
+            pass
+
+    async def root(self, request: Request) -> Response:
+        """What Ollama says to its clients, and a page for people."""
+        if "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(PAGE)
+        return PlainTextResponse("Ollama is running")
+
+    async def _version(self, request: Request) -> Response:
+        # Clients ask before they have a key; the number tells nothing that the answers' form does not.
+        try:
+            hosts = await self._catalogue.hosts()
+        except FabricError:
+            hosts = ()
+        return Response(_json({"version": catalogue.version(hosts)}), media_type="application/json")
+
+    def _list(
+        self, path: str, make: Callable[[Any, catalogue.Allowed, Request], Any], dialect: Dialect = OLLAMA
+    ) -> Route:
+        async def listing(request: Request) -> Response:
+            try:
+                grant = await self.grant(request.scope, Scope.MODELS_READ)
+                document = make(await self._catalogue.hosts(), grant.allows_model, request)
+            except FabricError as error:
+                self._services.metrics.errors[error.code] += 1
+                return _Refusal(dialect, error)
+            return Response(_json(document), media_type="application/json; charset=utf-8")
+
+        return Route(path, listing, methods=["GET"])
+
+
+class _Inference:
+    """An ASGI endpoint, so that nothing stands between the stream and the connection."""
+
+    def __init__(
+        self, api: HttpApi, path: str, dialect: Dialect, *, scope: Scope = Scope.INFERENCE, light: bool = False
+    ) -> None:
+        self._api = api
+        self._what = path, dialect, scope, light
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        await self._api.infer(*self._what, scope, receive, send)
+
+
+class _Refusal(Response):
+    """An error of our own."""
+
+    def __init__(self, dialect: Dialect, error: FabricError) -> None:
+        super().__init__()
+        self._dialect, self._error = dialect, error
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        await refuse(send, self._dialect, self._error)
+
+
+def _openai_model(hosts: Any, allowed: catalogue.Allowed, request: Request) -> Any:
+    name = full_name(request.path_params["model"])
+    model = catalogue.find(hosts, name) if allowed(name) else None
+    if model is None:
+        raise FabricError(Code.MODEL_NOT_FOUND, f"model '{short_name(name)}' not found")
+    return catalogue.openai_model(short_name(name), model)
+
+
+def _model_of(body: bytes) -> str:
+    """The full name of the model a request is for.
+
+    Raises:
+        FabricError: INVALID_MESSAGE.
+    """
+    try:
+        job = _job.decode(body)
+    except UNREADABLE as error:
+        raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
+    model = job.model or job.name
+    if not model:
+        raise FabricError(Code.INVALID_MESSAGE, "model is required")
+    if len(model) > MODEL_CHARS_MAX:
+        raise FabricError(Code.INVALID_MESSAGE, f"the name of a model has at most {MODEL_CHARS_MAX} characters")
+    return full_name(model)
+
+
+def _header(scope: AsgiScope, name: bytes) -> str | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            return str(value.decode("latin-1"))
+    return None
+
+
+def _token(scope: AsgiScope) -> str:
+    """The key a request carries, or nothing."""
+    by_path: str | None = scope.get("weftline.token")
+    if by_path is not None:
+        return unquote(by_path)
+    kind, _, token = (_header(scope, b"authorization") or "").partition(" ")
+    if kind.lower() == "bearer" and token.strip():
+        return token.strip()
+    return _header(scope, b"x-api-key") or ""
+
+
+def _is_local(scope: AsgiScope) -> bool:
+    """Whether a request comes from this very machine, and no web page from elsewhere is behind it."""
+    peer = scope.get("client")
+    origin = _header(scope, b"origin")
+    return (
+        peer is not None
+        and _is_loopback(peer[0])
+        and not any(_header(scope, name) is not None for name in (b"forwarded", b"x-forwarded-for", b"x-real-ip"))
+        and _is_loopback(urlsplit(f"//{_header(scope, b'host') or ''}").hostname or "")
+        and (origin is None or _is_loopback(urlsplit(origin).hostname or ""))
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+PAGE: Final = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>weftline</title>
+<style>
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 42rem; margin: 3rem auto; padding: 0 1rem; color: #1c2733; }
+pre { background: #f3f5f7; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; }
+@media (prefers-color-scheme: dark) { body { background: #10161c; color: #dde5ec } pre { background: #1b242d } }
+</style>
+<h1>weftline is running</h1>
+<p>One URL in front of many Ollama hosts. Point a client of Ollama or OpenAI here:</p>
+<pre id="how">export OLLAMA_HOST=ORIGIN/k/YOUR_KEY
+export OPENAI_BASE_URL=ORIGIN/v1 OPENAI_API_KEY=YOUR_KEY</pre>
+<p>An operator makes a key with <code>weftline keys token NAME</code>. WebSocket clients connect to
+<code>WS_ORIGIN/ws</code>. State: <a href="/readyz">/readyz</a>, <a href="/metrics">/metrics</a>.</p>
+<script>
+for (const node of document.querySelectorAll("pre, code"))
+  node.textContent = node.textContent
+    .replaceAll("WS_ORIGIN", location.origin.replace(/^http/, "ws"))
+    .replaceAll("ORIGIN", location.origin);
+</script>
+</html>
+"""
