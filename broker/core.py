@@ -48,9 +48,11 @@ from broker.state import RUNNING, Gateway, Phase, Request, State, Worker, check
 from common.errors import Code
 from common.protocol import (
     ATTEMPTS_MAX,
+    BESIDE_MAX,
     BODY_BYTES_MAX,
     ERROR_TEXT_MAX,
     HEARTBEAT_INTERVAL_S,
+    LIGHT,
     SILENCE_S,
     VERSION,
     Accepted,
@@ -728,6 +730,7 @@ class BrokerCore:
                 registration=self._registrations,
                 engines=engines,
                 draining=message.draining,
+                labels=message.labels,
             )
             self._note("worker registered", worker=message.name, engines=len(engines))
         else:
@@ -788,7 +791,7 @@ class BrokerCore:
             method=claim.method,
             grace_ms=claim.grace_ms,
             accepted=True,
-            light=not claim.digest,
+            light=claim.digest == LIGHT,
         )
         request = Request(rid=claim.rid, submit=submit, body=b"", gateway=None, accepted=now)
         self._window.trace(now)
@@ -861,8 +864,7 @@ class BrokerCore:
         if request is None:
             return
         if message.retryable and message.seq == request.start and self._can_start_anew(request):
-            self._send(Side.WORKER, worker.peer, Cancel(rid=request.rid, attempt=request.attempt, reason="retried"))
-            self._retry(request, message, payload, now)
+            self._retry(request, message, payload, now, lives=True)
         else:
             self._fail(request, message, payload[:FAILURE_BYTES_MAX], now)
 
@@ -978,8 +980,11 @@ class BrokerCore:
         self._tell(request, Lost(rid=request.rid, attempt=request.attempt))
         self._queue(request)
 
-    def _retry(self, request: Request, failure: Failed, payload: bytes, now: float) -> None:
-        """An attempt failed before its first event: try elsewhere, at most ATTEMPTS_MAX times."""
+    def _retry(self, request: Request, failure: Failed, payload: bytes, now: float, *, lives: bool = False) -> None:
+        """An attempt failed before its first event: try elsewhere, at most ATTEMPTS_MAX times.
+
+        After the last one its worker, if it lives, keeps the events that it was to continue: they may be resumed.
+        """
         assert request.worker is not None
         if failure.code is not Code.SHUTTING_DOWN:
             request.failures += 1
@@ -992,6 +997,8 @@ class BrokerCore:
             reason=failure.message,
         )
         if request.failures < ATTEMPTS_MAX:
+            if lives:
+                self._cancel_lease(request)
             self._requeue(request)
         else:
             self._end(request, failure, payload, now)
@@ -1122,7 +1129,7 @@ class BrokerCore:
     def _host(self, worker: Worker, now: float) -> Host:
         busy: dict[str, dict[str, int]] = {}
         for (url, digest), count in worker.busy.items():
-            if digest:
+            if digest not in BESIDE_MAX:
                 busy.setdefault(url, {})[digest] = count
         return Host(
             name=worker.name,
@@ -1132,6 +1139,7 @@ class BrokerCore:
             draining=worker.draining,
             beat_age_ms=int((now - worker.seen) * 1000),
             epoch=worker.epoch,
+            labels=worker.labels,
         )
 
     def _jobs(self, now: float) -> tuple[Job, ...]:

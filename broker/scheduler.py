@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from broker.state import Request, State, Worker
-from common.protocol import LIGHT_MAX, Engine
+from common.protocol import BESIDE_MAX, LIGHT, Engine
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,9 +90,10 @@ class WarmFirst:
         for worker, engine, model in offers:
             if worker.paused_until > now:
                 continue
-            digest = "" if request.submit.light else model.digest
+            digest = LIGHT if request.submit.light else model.digest
             busy = worker.busy[engine.url, digest]
-            if busy >= (model.slots if digest else LIGHT_MAX) or (digest and not busy and _full(worker, engine)):
+            beside_max = BESIDE_MAX.get(digest)
+            if busy >= (beside_max or model.slots) or (not beside_max and not busy and _full(worker, engine)):
                 continue
             # Names make ties repeatable.
             key = (
@@ -113,4 +114,5 @@ def _queue_of(request: Request) -> tuple[str, bool]:
 
 def _full(worker: Worker, engine: Engine) -> bool:
     """Whether another model would make the engine evict one that is busy."""
-    return 0 < engine.models_max <= sum(url == engine.url and digest != "" for url, digest in worker.busy)
+    busy = sum(url == engine.url and digest not in BESIDE_MAX for url, digest in worker.busy)
+    return 0 < engine.models_max <= busy

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.protocol import End, Engine, Failed, Model, Submit, short_name
+from common.protocol import OPERATION, End, Engine, Failed, Model, Submit, engine_name, names_engine, short_name
 
 
 class Phase(Enum):
@@ -54,6 +54,7 @@ STORY_MAX = 32
 """Moves a request remembers: one that is refused and queued again for hours must not grow."""
 
 Offer = tuple["Worker", Engine, Model]
+_OPERATION = Model(name="", digest=OPERATION)
 
 
 class InvariantError(AssertionError):
@@ -84,6 +85,7 @@ class Worker:
     registration: int
     engines: dict[str, Engine]
     draining: bool = False
+    labels: tuple[str, ...] = ()
     reachable: bool = True
     paused_until: float = 0.0
     rids: set[bytes] = field(default_factory=set)
@@ -230,6 +232,8 @@ class State:
         for worker in self.workers.values():
             for engine in worker.engines.values():
                 if engine.up:
+                    # What is done to its models is offered beside them, under a name that no model can have.
+                    self._offers[engine_name(worker.name, engine.url)] = [(worker, engine, _OPERATION)]
                     for model in engine.models:
                         self._offers.setdefault(model.name, []).append((worker, engine, model))
 
@@ -238,13 +242,14 @@ class State:
         return self._offers.get(model, ())
 
     def models(self) -> tuple[str, ...]:
-        """The names of all models that can be served now, sorted."""
+        """The names of all models that can be served now, sorted, and those that stand for engines."""
         return tuple(sorted(self._offers))
 
     def names(self) -> tuple[str, ...]:
         """The same as clients know them, embedding models last: who takes the first means one that answers."""
-        offers = sorted(self._offers.items(), key=lambda item: (item[1][0][2].embedding, short_name(item[0])))
-        return tuple(short_name(name) for name, _ in offers[:NAMES_MAX])
+        models = [item for item in self._offers.items() if not names_engine(item[0])]
+        models.sort(key=lambda item: (item[1][0][2].embedding, short_name(item[0])))
+        return tuple(short_name(name) for name, _ in models[:NAMES_MAX])
 
     def validate(self, queued: Iterable[Request]) -> None:
         """Check every rule of this module; `queued` is what the scheduler holds.

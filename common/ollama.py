@@ -16,6 +16,10 @@ LAST_EVENTS: Final = frozenset({"message_stop", "response.completed", "response.
 """The types of the events that end a stream of /v1/messages and /v1/responses; the others end with `[DONE]`."""
 
 
+SUCCESS: Final = "success"
+"""The last status of an operation on models: pull, push, create."""
+
+
 class Usage(msgspec.Struct):
     """What OpenAI's and Anthropic's documents count."""
 
@@ -29,6 +33,7 @@ class LastLine(msgspec.Struct):
     """The counts in a stream's last line or a one-document answer (Ollama's api/types.go, `Metrics`); ns."""
 
     done: bool = False
+    status: str = ""
     type: str = ""
     usage: Usage | None = None
     done_reason: str = ""
@@ -72,8 +77,7 @@ def last_line(data: bytes) -> LastLine | None:
         last = _decoder.decode(line)
     except UNREADABLE:
         return None
-    if event:
-        last.done = last.type in LAST_EVENTS
+    last.done = last.type in LAST_EVENTS if event else last.done or last.status == SUCCESS
     return last
 
 

@@ -40,8 +40,10 @@ FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 2**20
 CHUNK_BYTES_MAX: Final = 256 * 2**10
 """Lines that are ready together travel together up to here; a longer line travels alone."""
 ATTEMPTS_MAX: Final = 3
-LIGHT_MAX: Final = 8
-"""Light requests on one engine."""
+LIGHT: Final = ""
+OPERATION: Final = "*"
+BESIDE_MAX: Final = {LIGHT: 8, OPERATION: 4}
+"""Digests of leases that take no slot, and how many of their kind run on an engine at once."""
 
 
 def attempt_of(ordinal: int, nonce: int) -> int:
@@ -101,6 +103,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An Ollama server (or an embedded or simulated engine) behind a worker; `url` names it within the worker.
 
     `models_max`: how many models it holds at once, 0 if that is not known; one more would evict another.
+    `disk_free_bytes`: room for more models on its disk, in whole GiB; None if the worker cannot see it.
     """
 
     url: Name
@@ -109,9 +112,12 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     up: bool = True
     error: Text = ""
     models_max: Count = 0
+    disk_free_bytes: Count | None = None
     models: Annotated[tuple[Model, ...], msgspec.Meta(max_length=MODELS_MAX)] = ()
 
 
+Labels = Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+"""What an operator says of a host, as `key=value`."""
 Engines = Annotated[tuple[Engine, ...], msgspec.Meta(max_length=ENGINES_MAX)]
 
 
@@ -169,8 +175,8 @@ class Submit(Message, frozen=True):
     events. `attachment` counts how often the request changed hands. `absent_ms`: its client has been away so long.
     `migrate`: it may be continued on another host; `continued` counts how often it was.
 
-    `light`: a question that an engine answers beside its work, as /api/show is. It takes no slot (its lease's digest is
-    empty), but at most LIGHT_MAX run on an engine at once.
+    `light`: a question that an engine answers beside its work, as /api/show is: its lease's digest is LIGHT. An
+    operation on an engine's models, as /api/pull is, has the engine in place of a model (`engine_name`), and OPERATION.
     """
 
     rid: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -384,6 +390,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     draining: bool = False
     beat_age_ms: int = 0
     epoch: str = ""
+    labels: tuple[str, ...] = ()
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -429,6 +436,7 @@ class Register(Message, frozen=True):
     engines: Engines
     leases: Annotated[tuple[Claim, ...], msgspec.Meta(max_length=LEASES_MAX)] = ()
     draining: bool = False
+    labels: Labels = ()
     version: int = VERSION
 
 
@@ -589,6 +597,16 @@ to_worker = Decoder(msgspec.msgpack.Decoder(ToWorker))
 def full_name(model: str) -> str:
     """A model's name as Ollama lists it: without a tag it means `:latest`."""
     return model if ":" in model.rsplit("/", 1)[-1] else f"{model}:latest"
+
+
+def engine_name(host: str, url: str) -> str:
+    """What stands for an engine in place of a model's name, which can't begin like this."""
+    return f"@{host} {url}"
+
+
+def names_engine(model: str) -> bool:
+    """Whether it is none of a model."""
+    return model.startswith("@")
 
 
 def short_name(model: str) -> str:

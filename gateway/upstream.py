@@ -85,8 +85,10 @@ class Upstream:
         """Send a job; everything about it comes to `sink`, and the last is `Over`.
 
         Raises:
-            FabricError: TOO_LARGE, or NO_WORKERS when no broker answers.
+            FabricError: TOO_LARGE, MODEL_NOT_FOUND for a name no model can have, or NO_WORKERS when no broker answers.
         """
+        if protocol.names_engine(model):
+            raise FabricError(Code.MODEL_NOT_FOUND, f"model {model[:100]!r} is on no host")
         if len(body) > BODY_BYTES_MAX:
             raise FabricError(
                 Code.TOO_LARGE, f"the request takes {len(body)} bytes; at most {BODY_BYTES_MAX} go through"
@@ -104,6 +106,20 @@ class Upstream:
             migrate=migrate and self._migrate,
             light=light,
         )
+        return self._start(message, body, sink)
+
+    def operate(self, *, client: str, model: str, method: str, path: str, body: bytes, sink: Sink) -> Stream:
+        """Have an operation done on the models of one engine; `model` is its `engine_name`.
+
+        Raises:
+            FabricError: NO_WORKERS when no broker answers.
+        """
+        self._check_connected()
+        rid = secrets.token_bytes(16)
+        message = Submit(rid=rid, client=client, ref=rid.hex(), model=model, method=method, path=path, migrate=False)
+        return self._start(message, body, sink)
+
+    def _start(self, message: Submit, body: bytes, sink: Sink) -> Stream:
         stream = self._link.submit(message, body, sink, self._loop.time())
         self._flush()
         return stream

@@ -147,7 +147,9 @@ class _Agent:
             keep_s=settings.keep_s,
         )
         self._settings = settings
-        self._session = Session(settings.name, secrets.token_hex(16), limits, self._now(), brokers=brokers)
+        self._session = Session(
+            settings.name, secrets.token_hex(16), limits, self._now(), brokers=brokers, labels=settings.labels
+        )
         self._session.set_engines(self._engines())
         self._drained = (settings.data_dir or default_data_dir()) / f"{quote(settings.name, safe='')}.drained"
         if self._drained.exists():

@@ -5,11 +5,13 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
 from typing import Final, cast
 
 import httpx
 import msgspec
 
+from common.config import is_loopback
 from common.errors import ProcessError, UnreachableError, UsageError
 from common.logs import Log
 from common.ollama import UNREADABLE
@@ -24,6 +26,7 @@ ANSWER_BYTES_MAX: Final = 2**20
 """An engine's error, as it is passed on."""
 LIST_BYTES_MAX: Final = 8 * 2**20
 """A list of models: about 20,000."""
+GIB: Final = 2**30
 SHOWS_PER_POLL_MAX: Final = 32
 """Models looked at closely per poll; of the others the family tells until their turn comes."""
 START_INTERVAL_S: Final = 0.1
@@ -158,6 +161,7 @@ class Backend:
         running = {model.digest or model.name: entry for model, entry in _List.read(await self._get("/api/ps"))}
         await self._look_closely([model for model, _ in listed])
         return Engine(
+            disk_free_bytes=_disk_free_bytes(self.address.url) if version.engine == "ollama" else None,
             models_max=self.address.models,
             url=self.address.url,
             kind=version.engine,
@@ -211,6 +215,18 @@ class Backend:
                 text = f"{path} was answered with {response.status_code}"
                 raise httpx.HTTPStatusError(text, request=response.request, response=response)
             return answer
+
+
+def _disk_free_bytes(url: str) -> int | None:
+    """Room on the disk of an Ollama on this machine, in whole GiB so that it does not change all the time."""
+    homes = (Path.home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models"))
+    places = [Path(os.environ["OLLAMA_MODELS"])] if "OLLAMA_MODELS" in os.environ else homes
+    if not is_loopback(url):
+        return None
+    for place in places:
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(place).free // GIB * GIB
+    return None
 
 
 def _bounded(entry: bytes) -> bytes:

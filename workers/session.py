@@ -51,12 +51,13 @@ from common import protocol
 from common.errors import Code
 from common.ollama import NDJSON, SSE, UNREADABLE, last_line
 from common.protocol import (
+    BESIDE_MAX,
     BODY_BYTES_MAX,
     CHUNK_BYTES_MAX,
     COUNT_MAX,
     HEARTBEAT_INTERVAL_S,
     HEARTBEATS_MISSED_MAX,
-    LIGHT_MAX,
+    OPERATION,
     Chunk,
     Claim,
     End,
@@ -262,8 +263,11 @@ class Limits:
 class Session:
     """All leases of one worker process and its registration with the broker it serves."""
 
-    def __init__(self, name: str, epoch: str, limits: Limits, now: float, *, brokers: int = 1) -> None:
+    def __init__(
+        self, name: str, epoch: str, limits: Limits, now: float, *, brokers: int = 1, labels: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
+        self.labels = labels
         self.epoch = epoch
         self.limits = limits
         self.engines: tuple[Engine, ...] = ()
@@ -435,13 +439,14 @@ class Session:
         if not self._up[message.engine]:
             return f"the engine {message.engine} does not answer"
         slot = message.engine, message.digest
-        if not message.digest:
-            return "" if self._busy[slot] < LIGHT_MAX else f"{LIGHT_MAX} light requests run on {message.engine}"
+        if message.digest in BESIDE_MAX:
+            most = BESIDE_MAX[message.digest]
+            return "" if self._busy[slot] < most else f"{most} requests of this kind run on {message.engine}"
         if slot not in self._slots:
             return f"the engine {message.engine} does not have {message.model}"
         if self._busy[slot] >= self._slots[slot]:
             return f"all slots for {message.model} on {message.engine} are taken"
-        busy = {digest for engine, digest in self._busy if engine == message.engine and digest}
+        busy = {digest for engine, digest in self._busy if engine == message.engine and digest not in BESIDE_MAX}
         if message.digest not in busy and len(busy) >= self._models_max.get(message.engine, len(busy) + 1):
             return f"{message.engine} would have to evict a busy model for {message.model}"
         return ""
@@ -740,7 +745,12 @@ class Session:
             for lease in self._leases.values()
         )
         return protocol.Register(
-            name=self.name, epoch=self.epoch, engines=self.engines, leases=claims, draining=self.draining
+            name=self.name,
+            epoch=self.epoch,
+            engines=self.engines,
+            leases=claims,
+            draining=self.draining,
+            labels=self.labels,
         )
 
     def _send_bye(self, offer: Offer) -> bool:
@@ -879,7 +889,7 @@ class Session:
                 self._beat_due = True
         for lease in list(self._leases.values()):
             if lease.at_engine and now >= self._watchdog_at(lease):
-                silent = self.limits.silence_s if lease.flowing else self.limits.first_byte_s
+                silent = self._watchdog_at(lease) - lease.heard_at
                 text = f"the engine {lease.engine} said nothing for {silent:g} s"
                 self._fail(lease, Code.BACKEND_ERROR, text, now, retryable=True)
                 self._effects.append(Close(lease))
@@ -894,7 +904,9 @@ class Session:
     def _watchdog_at(self, lease: Lease) -> float:
         if lease.paused:
             return float("inf")  # the silence is ours
-        return lease.heard_at + (self.limits.silence_s if lease.flowing else self.limits.first_byte_s)
+        # An operation may be silent for long: to check what was pulled takes minutes.
+        flowing = lease.flowing and lease.digest != OPERATION
+        return lease.heard_at + (self.limits.silence_s if flowing else self.limits.first_byte_s)
 
     def _taken(self) -> Sequence[Effect]:
         if not self._effects:

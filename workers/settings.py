@@ -12,6 +12,7 @@ import msgspec
 
 from common.config import PositiveSeconds, Settings, tcp_addresses
 from common.errors import UsageError
+from common.protocol import Labels
 
 OLLAMA_PORT: Final = 11434
 
@@ -95,6 +96,7 @@ class WorkerSettings(Settings, frozen=True):
         broker: where the broker waits for workers; several in order, separated by commas: the first that lives serves.
         ollama: engines as `URL[,slots=N][,models=N]`; none means OLLAMA_HOST or http://127.0.0.1:11434.
         name: unique in the fleet; of two live workers of one name the newer wins.
+        labels: what is to be known of this host, as `key=value`; operations on models can choose hosts by them.
         start_ollama: run `ollama serve` for the first engine if it does not answer.
         first_byte_s: an engine that says nothing for so long has failed; loading a model may take minutes.
         silence_s: the same between two pieces of an answer.
@@ -112,6 +114,7 @@ class WorkerSettings(Settings, frozen=True):
     broker: str = "tcp://127.0.0.1:5571"
     ollama: tuple[str, ...] = ()
     name: str = msgspec.field(default_factory=socket.gethostname)
+    labels: Labels = ()
     start_ollama: bool = False
     first_byte_s: PositiveSeconds = 600.0
     silence_s: PositiveSeconds = 120.0
@@ -125,3 +128,8 @@ class WorkerSettings(Settings, frozen=True):
 
     def __post_init__(self) -> None:
         tcp_addresses(self.broker, "--broker")
+        for label in self.labels:
+            if not re.fullmatch(r"[\w.-]+=[\w.-]+", label):
+                raise UsageError(
+                    f"a label reads KEY=VALUE, of letters, digits, dots, underscores and hyphens: {label!r}"
+                )

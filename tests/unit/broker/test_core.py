@@ -383,9 +383,11 @@ def test_three_failures_are_the_end(h: Harness) -> None:
     for _ in range(2):
         h.failed(rid, h.assigned().attempt, retryable=True)
     assert h.told(Failed) == []
+    h.sent(b"w1")
     last = h.failed(rid, attempt_of(3, NONCE), retryable=True, payload=b"cuda error")
     assert h.told(Failed) == [last]
     assert h.request(rid).terminal_payload == b"cuda error"
+    assert h.sent(b"w1") == [], "it may have been a continuation, and its events can be resumed"
 
 
 def test_every_attempt_gets_the_body(h: Harness) -> None:

@@ -3,7 +3,20 @@
 from msgspec.structs import replace
 
 from broker.scheduler import WarmFirst
-from common.protocol import LIGHT_MAX, Assign, Engine, Model, Query, Snapshot, attempt_of
+from common.errors import Code
+from common.protocol import (
+    BESIDE_MAX,
+    LIGHT,
+    OPERATION,
+    Assign,
+    Engine,
+    Failed,
+    Model,
+    Query,
+    Snapshot,
+    attempt_of,
+    engine_name,
+)
 from tests.unit.broker.harness import Harness, claim_of, engine, rid_of
 
 A1 = attempt_of(1, 7)
@@ -155,10 +168,10 @@ def test_a_light_request_waits_for_no_slot() -> None:
 
 def test_light_requests_have_a_bound_of_their_own() -> None:
     h = fleet("w1")
-    names = [f"asks{number}" for number in range(LIGHT_MAX + 2)]
+    names = [f"asks{number}" for number in range(BESIDE_MAX[LIGHT] + 2)]
     for name in names:
         h.submit(name, light=True)
-    assert [where(h, name) for name in names] == ["w1"] * LIGHT_MAX + ["queue"] * 2
+    assert [where(h, name) for name in names] == ["w1"] * BESIDE_MAX[LIGHT] + ["queue"] * 2
     h.submit("r1")
     assert where(h, "r1") == "w1"
 
@@ -185,3 +198,25 @@ def test_operators_see_slots_only() -> None:
     h.from_gateway(Query(id=1, what="hosts"))
     (snapshot,) = [snapshot for snapshot in h.told(Snapshot) if snapshot.id]
     assert snapshot.hosts[0].busy == {"http://e1": {"sha:m:latest": 1}}
+
+
+def test_an_operation_goes_to_its_engine_beside_the_work_there() -> None:
+    h = fleet()
+    h.worker("w1", replace(engine("m:latest", "n:latest", url="http://e1"), models_max=1))
+    h.worker("w2", engine("m:latest", url="http://e2"))
+    h.submit("r1")
+    names = [f"pull{number}" for number in range(BESIDE_MAX[OPERATION] + 1)]
+    for name in names:
+        h.submit(name, model=engine_name("w1", "http://e1"))
+    h.submit("r2", model="n:latest")
+    assert [where(h, name) for name in names] == ["w1"] * BESIDE_MAX[OPERATION] + ["queue"]
+    assert [assign.digest for assign in h.told(Assign, b"w1")][1:] == [OPERATION] * BESIDE_MAX[OPERATION]
+    h.submit("elsewhere", model=engine_name("w2", "http://e2"))
+    assert where(h, "elsewhere") == "w2"
+
+
+def test_an_operation_on_an_engine_that_is_nowhere() -> None:
+    h = fleet("w1")
+    h.submit("pull", model=engine_name("w9", "http://e9"))
+    (failed,) = h.told(Failed)
+    assert failed.code is Code.MODEL_NOT_FOUND

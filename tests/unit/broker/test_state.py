@@ -49,7 +49,8 @@ def test_a_story_is_bounded(h: Harness) -> None:
 def test_only_engines_that_are_up_offer_models(h: Harness) -> None:
     h.engines(engine("m:latest", url="http://e1", slots=1), engine("n:latest", url="http://e2", up=False))
     state = h.core.state
-    assert state.models() == ("m:latest",)
+    assert state.models() == ("@w1 http://e1", "m:latest")
+    assert state.names() == ("m",)
     assert [(w.name, e.url, m.name) for w, e, m in state.offers("m:latest")] == [("w1", "http://e1", "m:latest")]
     assert not state.offers("n:latest")
 

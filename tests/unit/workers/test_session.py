@@ -12,9 +12,11 @@ from msgspec.structs import replace
 from common import protocol
 from common.errors import Code
 from common.protocol import (
+    BESIDE_MAX,
     CHUNK_BYTES_MAX,
     COUNT_MAX,
-    LIGHT_MAX,
+    LIGHT,
+    OPERATION,
     SILENCE_S,
     Assign,
     Beat,
@@ -478,13 +480,36 @@ def test_slots_are_counted_per_engine_and_digest() -> None:
 def test_a_light_request_takes_no_slot_and_has_a_bound_of_its_own() -> None:
     rig = Rig()
     rig.session.set_engines((replace(ENGINES[0], models_max=1),))
-    for number in range(LIGHT_MAX):
-        rig.assign(b"light%d" % number, digest="")
+    for number in range(BESIDE_MAX[LIGHT]):
+        rig.assign(b"light%d" % number, digest=LIGHT)
     rig.assign(b"r")
     rig.take()
-    rig.handle(assign(b"more", 1, digest=""), b"body")
+    rig.handle(assign(b"more", 1, digest=LIGHT), b"body")
     (refused,) = rig.take()
-    assert refused.reason == f"{LIGHT_MAX} light requests run on {ENGINES[0].url}"
+    assert refused.reason == f"{BESIDE_MAX[LIGHT]} requests of this kind run on {ENGINES[0].url}"
+
+
+def test_an_operation_may_be_silent_for_as_long_as_a_load() -> None:
+    rig = Rig(first_byte_s=600.0, silence_s=120.0, orphan_s=10_000.0)
+    rig.session.set_engines((replace(ENGINES[0], models_max=1),))
+    pull, chat = rig.stream(b"pull", digest=OPERATION), rig.stream(b"chat")
+    for lease in (pull, chat):
+        rig.feed(lease, b'{"status":"verifying sha256 digest"}\n')
+    rig.take()
+    start = rig.now
+    rig.tick(start + 121)
+    assert [lease.at_engine for lease in (pull, chat)] == [True, False]
+    rig.tick(start + 601)
+    assert not pull.at_engine
+
+
+def test_an_operation_ends_with_success() -> None:
+    rig = Rig()
+    for rid, last, kind in ((b"a", b'{"status":"success"}\n', End), (b"b", b'{"status":"pulling"}\n', Failed)):
+        lease = rig.stream(rid, digest=OPERATION)
+        rig.feed(lease, last)
+        rig.session.eof(lease, rig.now)
+        assert isinstance(rig.take()[-1], kind)
 
 
 USAGE = b'data: {"usage":{"prompt_tokens":2,"completion_tokens":3}}\n\n'

@@ -1,0 +1,271 @@
+"""Operations on models, done on several engines and told as one stream of progress in Ollama's own form.
+
+Rules
+- The job is Ollama's own call (/api/pull, …), posted on each chosen engine beside its work, through the broker: it goes
+  on over restarts of the broker, and its lines are repaired as any stream's.
+- What concerns a layer (`digest`) is summed over the engines that have spoken of it; any other status is told when the
+  first engine comes to it. Lines come at most every TELL_S: what changed meanwhile is told once.
+- A failure that may pass is tried again, TRIES_MAX times in all, after 1, 2, 4 … s. Ollama keeps what it pulled of a
+  layer, so a pull goes on where it broke.
+- An engine whose disk has no room for a layer is stopped before it fills it.
+- The stream ends with `success` if every engine succeeded, else with an error that names those that did not.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from common.errors import Code, FabricError
+from common.ollama import SUCCESS, UNREADABLE
+from common.protocol import Count, End, Failed, Host, engine_name
+from gateway.session import Events, Output, Over, Stream
+from gateway.upstream import Upstream
+
+TELL_S: Final = 0.1
+TRIES_MAX: Final = 4
+BACKOFF_S: Final = 1.0
+DISK_RESERVE_BYTES: Final = 2**30
+"""What a pull leaves free."""
+LAYERS_MAX: Final = 256
+STATUSES_MAX: Final = 1_000
+"""Beyond these an engine's lines are no longer told: a model has a handful of layers."""
+PASSING: Final = frozenset({Code.WORKER_LOST, Code.NO_WORKERS, Code.SHUTTING_DOWN, Code.BACKEND_ERROR})
+FOR_GOOD: Final = ("file does not exist", "not found", "unauthorized", "invalid", "does not support", "no space left")
+"""Words in an engine's failure that another try will not change."""
+
+
+@dataclass(slots=True, frozen=True)
+class Target:
+    """An engine on which it is to be done."""
+
+    host: str
+    engine: str
+    disk_free_bytes: int | None = None
+
+
+class Choice(msgspec.Struct, rename="camel"):
+    """Which hosts a request wants: those named, those with all these labels, and of these so many. Nothing: all."""
+
+    hosts: list[str] | None = None
+    labels: list[str] = []
+    copies: int | None = None
+
+
+def choose(hosts: Iterable[Host], choice: Choice, having: str | None = None) -> list[Target]:
+    """The engines that are meant; with `having`, only those with that model. Of each host all engines, of all hosts
+    first those with the most free disk.
+
+    Raises:
+        FabricError: NOT_FOUND, a host that was named is not there, or none is left.
+    """
+    candidates = []
+    known = {host.name for host in hosts}
+    missing = [name for name in choice.hosts or () if name not in known]
+    if missing:
+        raise FabricError(
+            Code.NOT_FOUND, f"no host {', '.join(missing)}; there are: {', '.join(sorted(known)) or 'none'}"
+        )
+    for host in hosts:
+        if host.draining and choice.hosts is None:
+            continue
+        if (choice.hosts is not None and host.name not in choice.hosts) or not set(choice.labels) <= set(host.labels):
+            continue
+        targets = [
+            Target(host.name, engine.url, engine.disk_free_bytes)
+            for engine in host.engines
+            if engine.up and (having is None or any(model.name == having for model in engine.models))
+        ]
+        if targets:
+            candidates.append(targets)
+    candidates.sort(key=lambda targets: (-(targets[0].disk_free_bytes or 0), targets[0].host))
+    chosen = [target for targets in candidates[: choice.copies] for target in targets]
+    if not chosen and having is None:
+        raise FabricError(Code.NOT_FOUND, "no host that was chosen has a running engine")
+    return chosen
+
+
+class Line(msgspec.Struct):
+    """A line of progress (Ollama's api/types.go, `ProgressResponse`)."""
+
+    status: str = ""
+    digest: str = ""
+    total: Count = 0
+    completed: Count = 0
+
+
+@dataclass(slots=True)
+class _Layer:
+    status: str
+    total: dict[Target, int] = field(default_factory=dict)
+    completed: dict[Target, int] = field(default_factory=dict)
+
+
+class Progress:
+    """Merges what the engines say. Pure."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._targets = targets
+        self._layers: dict[str, _Layer] = {}
+        self._changed: dict[str, None] = {}
+        self._statuses: dict[str, None] = {}
+        self._new: list[str] = []
+        self._latest: dict[Target, Line] = {}
+        self.ended: dict[Target, str] = {}
+        """How it ended on each engine: an error, or nothing."""
+
+    def take(self, target: Target, line: Line) -> None:
+        """What an engine said."""
+        self._latest[target] = line
+        if line.digest and (line.digest in self._layers or len(self._layers) < LAYERS_MAX):
+            layer = self._layers.setdefault(line.digest, _Layer(line.status))
+            layer.total[target] = line.total
+            layer.completed[target] = max(line.completed, layer.completed.get(target, 0))
+            self._changed[line.digest] = None
+        elif (
+            line.status not in ("", SUCCESS)
+            and line.status not in self._statuses
+            and len(self._statuses) < STATUSES_MAX
+        ):
+            self._statuses[line.status] = None
+            self._new.append(line.status)
+
+    def lacks_room(self, target: Target) -> str:
+        """Why the engine's disk won't hold what it is pulling, or nothing."""
+        if target.disk_free_bytes is None:
+            return ""
+        missing = sum(
+            max(0, layer.total.get(target, 0) - layer.completed.get(target, 0)) for layer in self._layers.values()
+        )
+        if missing + DISK_RESERVE_BYTES <= target.disk_free_bytes:
+            return ""
+        return f"{missing / 2**30:.1f} GiB are missing and its disk has {target.disk_free_bytes / 2**30:.0f} GiB free"
+
+    def lines(self, *, detail: bool) -> list[dict[str, Any]]:
+        """What changed since the last time; with `detail`, what each engine does."""
+        lines: list[dict[str, Any]] = [{"status": status} for status in self._new]
+        for digest in self._changed:
+            layer = self._layers[digest]
+            total, completed = sum(layer.total.values()), sum(layer.completed.values())
+            lines.append({"status": layer.status, "digest": digest, "total": total, "completed": completed})
+        self._new.clear()
+        self._changed.clear()
+        if detail:
+            for line in lines:
+                line["hosts"] = self._detail()
+        return lines
+
+    def last(self, *, detail: bool) -> dict[str, Any]:
+        """The last line, when it has ended everywhere."""
+        failures = {target: error for target, error in self.ended.items() if error}
+        line: dict[str, Any] = {"status": SUCCESS}
+        if failures:
+            told = "; ".join(f"{target.host}: {error}" for target, error in failures.items())
+            many = len(self._targets) > 1
+            line = {"error": f"failed on {len(failures)} of {len(self._targets)} engines: {told}" if many else told}
+        return line | ({"hosts": self._detail()} if detail else {})
+
+    def _detail(self) -> list[dict[str, Any]]:
+        entries = []
+        for target in self._targets:
+            latest = self._latest.get(target, Line())
+            entry: dict[str, Any] = {"host": target.host, "engine": target.engine, "status": latest.status}
+            if latest.digest:
+                entry |= {"digest": latest.digest, "total": latest.total, "completed": latest.completed}
+            if target in self.ended:
+                entry |= {"status": SUCCESS} if not self.ended[target] else {"error": self.ended[target]}
+            entries.append(entry)
+        return entries
+
+
+class Operation:
+    """One operation. `run` it once; `changed` is set whenever `progress` has something new."""
+
+    def __init__(
+        self, upstream: Upstream, client: str, targets: Sequence[Target], method: str, path: str, body: bytes
+    ) -> None:
+        self._upstream = upstream
+        self._client = client
+        self._targets = targets
+        self._method, self._path, self._body = method, path, body
+        self.progress = Progress(targets)
+        self.changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Do it on all engines; what became of it `progress` tells. Cancelling it stops them."""
+        async with asyncio.TaskGroup() as group:
+            for target in self._targets:
+                group.create_task(self._on(target))
+
+    async def _on(self, target: Target) -> None:
+        for tried in range(1, TRIES_MAX + 1):
+            error, passing = await self._once(target)
+            if not passing or tried == TRIES_MAX:
+                break
+            wait_s = BACKOFF_S * 2 ** (tried - 1)
+            self.progress.take(target, Line(status=f"{target.host}: {error}; trying again in {wait_s:.0f} s"))
+            self.changed.set()
+            await asyncio.sleep(wait_s)
+        self.progress.ended[target] = error
+        self.changed.set()
+
+    async def _once(self, target: Target) -> tuple[str, bool]:
+        """Do it there: the error or nothing, and whether another try may help."""
+        over: asyncio.Future[Over] = asyncio.get_running_loop().create_future()
+        lacking: list[str] = []
+
+        def hear(output: Output) -> None:
+            if isinstance(output, Events):
+                self._take(target, output)
+                if not lacking and (why := self.progress.lacks_room(target)):
+                    lacking.append(why)
+                    self._upstream.cancel(stream, why)
+            elif isinstance(output, Over) and not over.done():
+                over.set_result(output)
+
+        try:
+            stream = self._submit(target, hear)
+        except FabricError as error:
+            return error.message, error.code in PASSING
+        try:
+            terminal = (await over).terminal
+        finally:
+            if not over.done() or over.cancelled():
+                self._upstream.forget(stream)
+        if isinstance(terminal, End):
+            return "", False
+        if lacking:
+            return lacking[0], False
+        return terminal.message, _may_pass(terminal)
+
+    def _submit(self, target: Target, hear: Callable[[Output], None]) -> Stream:
+        return self._upstream.operate(
+            client=self._client,
+            model=engine_name(target.host, target.engine),
+            method=self._method,
+            path=self._path,
+            body=self._body,
+            sink=hear,
+        )
+
+    def _take(self, target: Target, events: Events) -> None:
+        for text in events.lines():
+            with contextlib.suppress(*UNREADABLE):
+                self.progress.take(target, _line(text))
+        self.changed.set()
+
+
+_line: Final = msgspec.json.Decoder(Line, strict=False).decode
+
+
+def _may_pass(failed: Failed) -> bool:
+    told = failed.message.lower()
+    return failed.code in PASSING and not 400 <= failed.status < 500 and not any(word in told for word in FOR_GOOD)
+
+
+def document_of(fields: Mapping[str, Any]) -> bytes:
+    """A line, or a whole answer."""
+    return msgspec.json.encode(fields)
