@@ -1,4 +1,4 @@
-"""`weftline chat` and `weftline models`: a client of the gateway at the terminal.
+"""`weftline chat`: a client of the gateway at the terminal.
 
 The answer, and nothing else, goes to stdout; prompts, places in the queue and a model's thinking go to stderr.
 """
@@ -23,7 +23,6 @@ from weftline_client import (
     WeftlineError,
 )
 
-from cli.fleet import print_json
 from cli.settings import ClientSettings, KeyOption, ModelOption, UrlOption, websocket_url
 from common import logs
 from common.command import ConfigOption, DataDirOption, JsonOption
@@ -61,27 +60,6 @@ def chat(
         if text is not None:
             return conversation.ask(text)
         return _converse(conversation)
-
-
-def models(
-    url: UrlOption = None,
-    key: KeyOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-    config: ConfigOption = None,
-) -> int:
-    """List the models that can be asked."""
-    settings = ClientSettings.load({"url": url, "key": key, "data_dir": data_dir}, config=config)
-    logs.setup(level=settings.log_level, fmt=settings.log_format)
-    with connected(settings) as client:
-        names = client.models()
-    if as_json:
-        print_json(names)
-    elif names:
-        print("\n".join(names))
-    else:
-        print("No model can be served: no host is connected, or none has a model (`ollama pull`).", file=sys.stderr)
-    return 0
 
 
 # The connection -------------------------------------------------------------------------------------------------------

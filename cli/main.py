@@ -12,7 +12,7 @@ from common.command import exits, run_app
 COMMANDS: Final = {
     "up": ("deploy.local:up", "Run the whole fabric on this machine."),
     "chat": ("cli.chat:chat", "Ask a model, or hold a conversation with it."),
-    "models": ("cli.chat:models", "List the models that can be asked."),
+    "models": ("cli.models:app", "List the models; pull, remove, pin and find them."),
     "hosts": ("cli.fleet:hosts", "List the hosts: engines, models, how busy they are."),
     "ps": ("cli.fleet:ps", "List the requests that run or wait."),
     "drain": ("cli.fleet:drain", "Give a host no new requests, and wait for what runs there."),

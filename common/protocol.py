@@ -116,7 +116,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     models: Annotated[tuple[Model, ...], msgspec.Meta(max_length=MODELS_MAX)] = ()
 
 
-Labels = Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+LABELS_MAX: Final = 64
+Labels = Annotated[tuple[Name, ...], msgspec.Meta(max_length=LABELS_MAX)]
 """What an operator says of a host, as `key=value`."""
 Engines = Annotated[tuple[Engine, ...], msgspec.Meta(max_length=ENGINES_MAX)]
 

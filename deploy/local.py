@@ -159,7 +159,7 @@ class Fabric:
         self._add("broker", "broker", "--gateways", gateways, "--workers", workers)
         self._add(
             "gateway",
-            *("gateway", "--broker", gateways, "--listen", f"127.0.0.1:{self._port}"),
+            *("gateway", "--broker", gateways, "--listen", f"127.0.0.1:{self._port}", "--anonymous"),
             *("--data-dir", str(self._data_dir)),
         )
         count = settings.workers or 1
@@ -304,6 +304,8 @@ class Fabric:
         models = ", ".join(state["models"]) or "none yet; run `ollama pull llama3.2`, it is noticed within seconds"
         say()
         say(f"  weftline is up     ws://127.0.0.1:{self._port}")
+        say(f"  Ollama's clients   OLLAMA_HOST=http://127.0.0.1:{self._port}")
+        say(f"  OpenAI's clients   OPENAI_BASE_URL=http://127.0.0.1:{self._port}/v1  OPENAI_API_KEY=any")
         if broker != UpSettings().gateways:
             say(f"  broker             {broker} (hosts, ps, drain and doctor need --broker {broker})")
         say(f"  engine             {description}")

@@ -24,6 +24,9 @@ def gateway(
     listen: Annotated[str | None, typer.Option(help="HOST:PORT for clients. [127.0.0.1:3000]")] = None,
     data_dir: DataDirOption = None,
     public_url: Annotated[str | None, typer.Option(help="The URL clients dial, if a proxy stands before it.")] = None,
+    anonymous: Annotated[
+        bool | None, typer.Option("--anonymous", help="HTTP requests from this very machine need no key.")
+    ] = None,
     insecure: InsecureOption = None,
     config: ConfigOption = None,
     log_level: LogLevelOption = None,
@@ -36,6 +39,7 @@ def gateway(
             "listen": listen,
             "data_dir": data_dir,
             "public_url": public_url,
+            "anonymous": anonymous,
             "insecure": insecure,
             "log_level": log_level,
             "log_format": log_format,

@@ -20,6 +20,7 @@ from common.errors import ProcessError
 from common.logs import Log
 from common.process import gently, until
 from gateway.auth import Authenticator
+from gateway.fleet_api import FleetApi
 from gateway.http_api import HttpApi, TokenPaths
 from gateway.keyring import Keyring
 from gateway.metrics import Metrics
@@ -40,7 +41,7 @@ DRAIN_LOOK_S = 0.05
 class Gateway:
     """The ASGI application and everything its connections share."""
 
-    def __init__(self, services: Services, keyring: Keyring) -> None:
+    def __init__(self, services: Services, keyring: Keyring, store: Store) -> None:
         self._services = services
         self._keyring = keyring
         self._api = HttpApi(services, keyring)
@@ -53,6 +54,7 @@ class Gateway:
             routes=[
                 Route("/", self._api.root),
                 *self._api.routes(),
+                *FleetApi(self._api, services, store).routes(),
                 Route("/livez", self._live),
                 Route("/readyz", self._ready),
                 Route("/metrics", self._metrics),
@@ -236,7 +238,7 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
             metrics=Metrics(upstream),
         )
         keyring = Keyring(store.find_token)
-        gateway = Gateway(services, keyring)
+        gateway = Gateway(services, keyring, store)
         limits = Limits(
             stall_s=settings.stall_s,
             request_s=settings.request_s,

@@ -19,7 +19,6 @@ STATUS: Final[Mapping[Code, int]] = {
     Code.MODEL_NOT_FOUND: 404,
     Code.TOO_LARGE: 413,
     Code.RATE_LIMITED: 429,
-    Code.QUOTA_EXCEEDED: 429,
     Code.QUEUE_FULL: 503,
     Code.NO_WORKERS: 503,
     Code.SHUTTING_DOWN: 503,
@@ -67,7 +66,9 @@ class Ollama(Dialect):
     """`{"error": "text"}`, also as the last line of a stream (api/types.go, StatusError)."""
 
     def document(self, status: int, code: Code, text: str) -> bytes:
-        return _encode({"error": text, "code": code.value})
+        # Of a 401 the `ollama` command line prints nothing but this member (api/types.go, AuthorizationError).
+        said = {"status": text} if status == 401 else {}
+        return _encode({"error": text, "code": code.value, **said})
 
     def event(self, status: int, code: Code, text: str) -> bytes:
         return self.document(status, code, text) + b"\n"

@@ -130,7 +130,7 @@ class Exchange:
             light=call.light,
         )
         self._metrics.requests += 1
-        watch = asyncio.get_running_loop().create_task(_until_gone(receive))
+        watch = asyncio.get_running_loop().create_task(until_gone(receive))
         watch.add_done_callback(lambda _: self._filled.set())
         try:
             while not watch.done():
@@ -236,6 +236,7 @@ class Exchange:
         await answer(send, status, body, retry_after_s=retry_after_s)
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
+    """Wait until the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

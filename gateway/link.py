@@ -201,7 +201,7 @@ class Link:
             case Beat() | Error():
                 pass
             case Who():
-                self.greeting = self._welcome_due = True
+                self.lost()  # it would not know what is spoken of
             case Snapshot():
                 self.fleet = message
                 if self._welcome_due:

@@ -13,7 +13,7 @@ Rules
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -182,7 +182,7 @@ class Progress:
 
 
 class Operation:
-    """One operation. `run` it once; `changed` is set whenever `progress` has something new."""
+    """One operation. `run` it once, and look at `progress` meanwhile."""
 
     def __init__(
         self, upstream: Upstream, client: str, targets: Sequence[Target], method: str, path: str, body: bytes
@@ -192,7 +192,6 @@ class Operation:
         self._targets = targets
         self._method, self._path, self._body = method, path, body
         self.progress = Progress(targets)
-        self.changed = asyncio.Event()
 
     async def run(self) -> None:
         """Do it on all engines; what became of it `progress` tells. Cancelling it stops them."""
@@ -207,10 +206,8 @@ class Operation:
                 break
             wait_s = BACKOFF_S * 2 ** (tried - 1)
             self.progress.take(target, Line(status=f"{target.host}: {error}; trying again in {wait_s:.0f} s"))
-            self.changed.set()
             await asyncio.sleep(wait_s)
         self.progress.ended[target] = error
-        self.changed.set()
 
     async def _once(self, target: Target) -> tuple[str, bool]:
         """Do it there: the error or nothing, and whether another try may help."""
@@ -255,7 +252,6 @@ class Operation:
         for text in events.lines():
             with contextlib.suppress(*UNREADABLE):
                 self.progress.take(target, _line(text))
-        self.changed.set()
 
 
 _line: Final = msgspec.json.Decoder(Line, strict=False).decode
@@ -264,8 +260,3 @@ _line: Final = msgspec.json.Decoder(Line, strict=False).decode
 def _may_pass(failed: Failed) -> bool:
     told = failed.message.lower()
     return failed.code in PASSING and not 400 <= failed.status < 500 and not any(word in told for word in FOR_GOOD)
-
-
-def document_of(fields: Mapping[str, Any]) -> bytes:
-    """A line, or a whole answer."""
-    return msgspec.json.encode(fields)

@@ -23,6 +23,8 @@ class GatewaySettings(Settings, frozen=True):
 
     anonymous: bool = False
     """Whether HTTP requests from this very machine need no key. Those of WebSockets always do."""
+    pull_copies: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    """On how many hosts a model is pulled that names none; 0: on all."""
     origins: tuple[str, ...] = ("*",)
     """Web pages that may connect, as scheme://host[:port]; "*" is any. Others get 403 and no CORS headers."""
     frame_bytes_max: Bytes = 16 * 2**20

@@ -40,6 +40,8 @@ from common.errors import ProcessError, UsageError
 
 FILE_NAME = "weftline.db"
 BUSY_S = 10.0
+AUDIT_MAX = 100_000
+OUTCOME_CHARS_MAX = 2_000
 
 TOKENS_MAX: Final = 100
 """Live tokens of one client."""
@@ -168,6 +170,19 @@ class Token:
         return not self.revoked and (self.expires_at is None or now < self.expires_at)
 
 
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """An operation on models: who had what done to which model on which hosts, when it ended and how."""
+
+    at: datetime
+    client: str
+    token: str
+    action: str
+    model: str
+    hosts: tuple[str, ...]
+    outcome: str
+
+
 class _Utc(sa.types.TypeDecorator[datetime]):
     """An aware datetime, kept as naive UTC because SQLite keeps no zone."""
 
@@ -218,6 +233,18 @@ _TOKENS = sa.Table(
     sa.Column("expires_at", _Utc),
     sa.Column("revoked_at", _Utc),
     sa.Column("change", sa.BigInteger, nullable=False, index=True),
+)
+_AUDIT = sa.Table(
+    "audit",
+    _TABLES,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", _Utc, nullable=False),
+    sa.Column("client_id", sa.String(64), nullable=False),
+    sa.Column("token_id", sa.String(8), nullable=False),
+    sa.Column("action", sa.String(32), nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("hosts", _Words, nullable=False),
+    sa.Column("outcome", sa.Text, nullable=False),
 )
 _CHANGES = sa.Table("changes", _TABLES, sa.Column("number", sa.BigInteger, nullable=False))
 
@@ -431,6 +458,31 @@ class Store:
                 where = table.c.change > change, table.c.change <= last
                 found += map(record, connection.execute(sa.select(table).where(*where)))
         return sorted(found, key=lambda record: record.change)
+
+    def write_audit(
+        self, *, client_id: str, token_id: str, action: str, model: str, hosts: Iterable[str], outcome: str
+    ) -> None:
+        """Write down an operation that has ended; of more than AUDIT_MAX the oldest are let go.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        row = {"client_id": client_id, "token_id": token_id, "action": action, "model": model[:OUTCOME_CHARS_MAX]}
+        row["outcome"] = outcome[:OUTCOME_CHARS_MAX]
+        with self._told("write to"), self._writing.begin() as connection:
+            insert = sa.insert(_AUDIT).values(**row, hosts=tuple(hosts), at=self._clock()).returning(_AUDIT.c.id)
+            newest = connection.execute(insert).scalar_one()
+            connection.execute(sa.delete(_AUDIT).where(_AUDIT.c.id <= newest - AUDIT_MAX))
+
+    def audit(self, count: int = 100) -> Sequence[Audit]:
+        """The newest operations on models, newest first.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        with self._told("read"), self._engine.connect() as connection:
+            rows = connection.execute(sa.select(_AUDIT).order_by(_AUDIT.c.id.desc()).limit(count))
+            return [Audit(*row[1:]) for row in rows]
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[sa.Connection, int]]:

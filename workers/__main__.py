@@ -23,6 +23,10 @@ def worker(
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="This host's name in the fleet. [its hostname]")] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--label", help="What is to be known of this host. Repeatable.", metavar="KEY=VALUE"),
+    ] = None,
     start_ollama: Annotated[
         bool | None, typer.Option("--start-ollama", help="Run `ollama serve` if the first engine does not answer.")
     ] = None,
@@ -36,6 +40,7 @@ def worker(
             "broker": broker,
             "ollama": ollama,
             "name": name,
+            "labels": labels,
             "start_ollama": start_ollama,
             "log_level": log_level,
             "log_format": log_format,

@@ -281,6 +281,8 @@ class _Agent:
 
     def _carried(self, lease: Lease, _task: asyncio.Task[None]) -> None:
         del self._tasks[lease]
+        if lease.digest == protocol.OPERATION:
+            self._backends[lease.engine].poll_soon()  # its models are others now
         log.debug("lease ended", rid=lease.rid, attempt=lease.attempt, state=lease.state.name, events=lease.top)
 
     def _keep_in_mind(self, drained: bool) -> None:

@@ -12,7 +12,7 @@ import msgspec
 
 from common.config import PositiveSeconds, Settings, tcp_addresses
 from common.errors import UsageError
-from common.protocol import Labels
+from common.protocol import LABELS_MAX
 
 OLLAMA_PORT: Final = 11434
 
@@ -114,7 +114,7 @@ class WorkerSettings(Settings, frozen=True):
     broker: str = "tcp://127.0.0.1:5571"
     ollama: tuple[str, ...] = ()
     name: str = msgspec.field(default_factory=socket.gethostname)
-    labels: Labels = ()
+    labels: tuple[str, ...] = ()
     start_ollama: bool = False
     first_byte_s: PositiveSeconds = 600.0
     silence_s: PositiveSeconds = 120.0
@@ -128,6 +128,8 @@ class WorkerSettings(Settings, frozen=True):
 
     def __post_init__(self) -> None:
         tcp_addresses(self.broker, "--broker")
+        if len(self.labels) > LABELS_MAX:
+            raise UsageError(f"a host has at most {LABELS_MAX} labels")
         for label in self.labels:
             if not re.fullmatch(r"[\w.-]+=[\w.-]+", label):
                 raise UsageError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
+    from workers.embedded.library import Library
     from workers.embedded.wire import Message, Options
 
 
@@ -109,6 +110,8 @@ class Backend(Protocol):
     label: str
     """Said wherever the engine names itself."""
     loaded_max: int
+    library: Library | None
+    """What adds and removes models, if they are not fixed."""
 
     @property
     def models(self) -> Mapping[str, Model]:

@@ -38,6 +38,7 @@ from workers.embedded.wire import ApiError, Message, full_name, human_count, joi
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
+    from workers.embedded.library import Library
     from workers.embedded.wire import Options
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class LlamaBackend:
 
     label = "embedded llama.cpp"
     loaded_max = 3
+    library: Library | None = None
 
     def __init__(self, files: Sequence[_File], slots: int) -> None:
         self._files = {file.model.digest: file for file in files}

@@ -76,6 +76,7 @@ def create_app(backend: Backend) -> Starlette:
         Route("/v1/messages", _Watched(api.chat, "MessagesRequest", anthropic.Messages), methods=["POST"]),
         Route("/v1/models", api.v1_models, methods=["GET"]),
         Route("/v1/models/{model}", api.v1_model, methods=["GET"]),
+        *(backend.library.routes() if backend.library is not None else ()),
         Route("/debug/slots", api.slots, methods=["GET"]),
         Route("/debug/faults", api.faults, methods=["POST"]),
     ]

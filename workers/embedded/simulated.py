@@ -26,17 +26,19 @@ import hashlib
 import time
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 from workers.embedded.engine import Completion, CutShort, Model, Piece
 from workers.embedded.engine import Final as FinalPart
+from workers.embedded.library import Library
 from workers.embedded.residency import BUSY
 from workers.embedded.wire import NS_PER_S, ApiError, Message, full_name, join_messages
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Sequence
 
 _ONSETS: Final = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
 _VOWELS: Final = ("a", "e", "i", "o")
@@ -116,6 +118,8 @@ class Settings:
     models: Sequence[str] = ("simulated", "llama2")
     embedding_model: str = "simulated-embed"
     embedding_size: int = 32
+    pull_bytes: int = 10_000_000
+    pull_bytes_per_s: float = 0.0
 
 
 class Fault(msgspec.Struct, forbid_unknown_fields=True):
@@ -164,11 +168,13 @@ class SimulatedBackend:
         self.settings = settings or Settings()
         self.faults = Faults()
         names = [full_name(name) for name in self.settings.models]
-        self.models: Mapping[str, Model] = {
+        self.models: dict[str, Model] = {
             **{name: _model(name, "simulated", "completion") for name in names},
             (name := full_name(self.settings.embedding_model)): _model(name, "simulated-embed", "embedding"),
         }
         self.loaded_max = self.settings.loaded_max
+        make = partial(_model, family="simulated", capability="completion")
+        self.library: Library | None = Library(self.models, self.settings, self.faults, make)
 
     def slots(self, model: Model) -> int:
         return 1 if "embedding" in model.capabilities else self.settings.slots

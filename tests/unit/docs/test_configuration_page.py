@@ -14,7 +14,7 @@ from typer.core import TyperOption
 
 from broker.__main__ import broker
 from broker.settings import BrokerSettings
-from cli import chat, doctor, fleet
+from cli import chat, doctor, fleet, models
 from cli.settings import ClientSettings
 from common import errors
 from common.config import PREFIX, SECONDS_MAX, Settings
@@ -34,7 +34,7 @@ COMMANDS: dict[type[Settings], tuple[Callable[..., Any], ...]] = {
     GatewaySettings: (gateway,),
     WorkerSettings: (worker,),
     UpSettings: (up,),
-    ClientSettings: (chat.chat, chat.models, fleet.hosts, fleet.ps, doctor.doctor),
+    ClientSettings: (chat.chat, models.models, models.pull, fleet.hosts, fleet.ps, doctor.doctor),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from workers.embedded.engine import Completion, Final, Model, Piece
+from workers.embedded.library import Library
 from workers.embedded.residency import BUSY, WAITING_MAX, Residency
 from workers.embedded.wire import ApiError, Message
 
@@ -59,6 +60,7 @@ class FakeBackend:
     label = "fake"
     models: dict[str, Model] = field(default_factory=dict)
     loaded_max: int = 2
+    library: Library | None = None
     slots_each: int = 1
     loads: list[str] = field(default_factory=list)
     runners: list[FakeRunner] = field(default_factory=list)

@@ -32,7 +32,7 @@ def a_gateway(authenticator: Authenticator | None = None, **settings: Any) -> Ga
     """With nobody behind it."""
     upstream = SimpleNamespace(revoke=lambda client_ids: None)
     services = SimpleNamespace(settings=GatewaySettings(**settings), authenticator=authenticator, upstream=upstream)
-    return Gateway(cast("Any", services), Keyring(lambda digest: None))
+    return Gateway(cast("Any", services), Keyring(lambda digest: None), cast("Any", None))
 
 
 # Pages of other origins -----------------------------------------------------------------------------------------------

@@ -197,6 +197,17 @@ def test_who_is_answered_by_hello_and_then_everything_is_submitted_again() -> No
     assert cancel == Cancel(rid=rid_of("c"), attempt=A1, reason="stop")
 
 
+def test_nothing_is_said_of_a_stream_to_a_broker_that_asked_who_speaks() -> None:
+    """It was restarted: a replay of what it does not know yet would be answered WORKER_LOST."""
+    rig = Rig()
+    rig.submit()
+    rig.chunk(2)
+    assert rig.hear(Who()) == []
+    rig.pass_time(2, 0)
+    assert rig.told() == []
+    assert [type(tell.message) for tell in rig.connect()] == [Submit]
+
+
 def test_what_is_over_is_not_submitted_again() -> None:
     rig = Rig()
     rig.submit()

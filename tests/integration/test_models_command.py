@@ -1,0 +1,110 @@
+"""`weftline models …` against a fabric: the operator's way to the operations on models."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.main import main
+from gateway.store import Store
+from tests.fabric import Fabric
+from workers.embedded.simulated import Settings
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def fabric(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fabric]:
+    with Fabric(tmp_path_factory.mktemp("models"), engines=[Settings(), Settings()]) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _where(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFTLINE_DATA_DIR", str(fabric.folder))
+    monkeypatch.setenv("WEFTLINE_CLIENT_URL", fabric.url)
+    monkeypatch.setenv("WEFTLINE_KEY", str(fabric.config_path))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def seen(fabric: Fabric, name: str, capsys: Capture, count: int = 2) -> list[str]:
+    """The hosts that have it, when so many are known to."""
+    found: list[str] = []
+
+    def known() -> bool:
+        nonlocal found
+        main(["models", "where", name, "--json"])
+        out = capsys.readouterr().out
+        found = [host["host"] for entry in json.loads(out or "[]") for host in entry["hosts"]]
+        return len(found) == count
+
+    fabric.until(known, f"{count} hosts have {name}")
+    return found
+
+
+def test_the_list_is_still_what_it_was(capsys: Capture) -> None:
+    assert main(["models"]) == 0
+    assert "llama2" in capsys.readouterr().out.splitlines()
+
+
+def test_pull_find_pin_unload_and_remove(fabric: Fabric, capsys: Capture) -> None:
+    assert main(["models", "pull", "fresh"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "fresh is on worker-1, worker-2.\n"
+    assert "worker-2: success" in shown.err
+    assert seen(fabric, "fresh", capsys) == ["worker-1", "worker-2"]
+    assert main(["models", "where", "fresh:latest"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["fresh", "worker-1"],
+        ["fresh", "worker-2"],
+    ]
+    assert main(["models", "pin", "fresh", "--host", "worker-2"]) == 0
+    assert main(["models", "unload", "fresh"]) == 0
+    assert main(["models", "rm", "fresh", "--host", "worker-1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "fresh is kept in memory on worker-2.",
+        "fresh is let go on worker-1, worker-2.",
+        "fresh was deleted on worker-1.",
+    ]
+    assert seen(fabric, "fresh", capsys, 1) == ["worker-2"]
+    assert main(["models", "log", "-n", "4", "--json"]) == 0
+    log = json.loads(capsys.readouterr().out)
+    assert [(entry["action"], entry["hosts"], entry["outcome"]) for entry in log] == [
+        ("delete", ["worker-1"], "success"),
+        ("load", ["worker-1", "worker-2"], "success"),
+        ("load", ["worker-2"], "success"),
+        ("pull", ["worker-1", "worker-2"], "success"),
+    ]
+    assert main(["models", "log"]) == 0
+    assert "operator  pull" in capsys.readouterr().out
+
+
+def test_the_key_of_a_command_dies_with_it(fabric: Fabric, capsys: Capture) -> None:
+    main(["models", "where"])
+    with contextlib.closing(Store.open(fabric.folder)) as store:
+        assert store.tokens("operator")
+        assert all(token.revoked for token in store.tokens("operator"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["pull", "missing"], 1, "file does not exist"),
+        (["rm", "nowhere"], 1, "model 'nowhere' not found"),
+        (["where", "nowhere"], 1, "no host has nowhere"),
+        (["pull", "m", "--host", "gone"], 1, "no host gone"),
+        (["pull", "m", "--token", "wrong"], 77, "authentication failed"),
+        (["pull", "m", "--url", "ws://127.0.0.1:9"], 69, "no gateway answers at http://127.0.0.1:9"),
+        (["pull"], 2, "MODEL"),
+    ],
+)
+def test_what_goes_wrong(arguments: list[str], status: int, words: str, capsys: Capture) -> None:
+    assert main(["models", *arguments]) == status
+    assert words in capsys.readouterr().err
+
+
+def test_without_a_registry_a_key_is_needed(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["models", "rm", "m", "--data-dir", str(tmp_path)]) == 2
+    assert "Give a key with --token" in capsys.readouterr().err

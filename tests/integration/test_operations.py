@@ -1,0 +1,200 @@
+"""Models come and go on all hosts at once, over real sockets and simulated engines."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway import operations
+from gateway.store import Store
+from tests.fabric import Fabric
+from workers.embedded.simulated import Settings
+
+WRITE = ("inference", "models:read", "models:write")
+
+
+@pytest.fixture(scope="module")
+def fabric(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fabric]:
+    engines = [Settings(slots=1, pull_bytes=1000) for _ in range(3)]
+    with Fabric(tmp_path_factory.mktemp("operations"), engines=engines) as running:
+        yield running
+
+
+def key(fabric: Fabric, *scopes: str, models: tuple[str, ...] = ("*",)) -> dict[str, str]:
+    with contextlib.closing(Store.open(fabric.folder)) as store:
+        _, secret = store.add_token("ops", scopes=scopes or WRITE, models=models)
+    return {"authorization": f"Bearer {secret}"}
+
+
+@pytest.fixture
+def http(fabric: Fabric) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fabric.http_url, headers=key(fabric), trust_env=False, timeout=20) as client:
+        yield client
+
+
+def lines(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.headers["content-type"] == "application/x-ndjson"
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def hosts_with(fabric: Fabric, name: str) -> list[int]:
+    return [number for number, backend in enumerate(fabric.backends, 1) if f"{name}:latest" in backend.models]
+
+
+def outcome_of(fabric: Fabric, model: str) -> tuple[str, tuple[str, ...], str]:
+    with contextlib.closing(Store.open(fabric.folder)) as store:
+        newest = next(row for row in store.audit() if row.model == f"{model}:latest")
+    assert newest.client == "ops"
+    return newest.action, newest.hosts, newest.outcome
+
+
+def test_a_pull_is_done_on_all_hosts_and_told_as_one(fabric: Fabric, http: httpx.Client) -> None:
+    told = lines(http.post("/api/pull", json={"model": "everywhere"}))
+    assert told[0] == {"status": "pulling manifest"}
+    assert told[-1] == {"status": "success"}
+    (layer,) = [line for line in told if line.get("digest") and line["completed"] == line["total"]]
+    assert layer["total"] == 3000
+    assert hosts_with(fabric, "everywhere") == [1, 2, 3]
+    assert outcome_of(fabric, "everywhere") == ("pull", ("worker-1", "worker-2", "worker-3"), "success")
+    fabric.until(
+        lambda: http.post("/api/generate", json={"model": "everywhere", "prompt": "p"}).is_success, "it serves"
+    )
+
+
+def test_hosts_are_chosen(fabric: Fabric, http: httpx.Client) -> None:
+    assert lines(http.post("/api/pull", json={"name": "one", "hosts": ["worker-2"]}))[-1] == {"status": "success"}
+    assert hosts_with(fabric, "one") == [2]
+    http.post("/api/pull", json={"model": "two", "copies": 2})
+    assert len(hosts_with(fabric, "two")) == 2
+    missing = http.post("/api/pull", json={"model": "m", "hosts": ["worker-9"]})
+    assert (missing.status_code, missing.json()["code"]) == (404, "NOT_FOUND")
+    assert "worker-1, worker-2, worker-3" in missing.json()["error"]
+
+
+def test_each_host_is_told_of_to_those_who_ask(http: httpx.Client) -> None:
+    told = lines(http.post("/api/pull?detail=hosts", json={"model": "detailed"}))
+    assert [(entry["host"], entry["status"]) for entry in told[-1]["hosts"]] == [
+        (f"worker-{number}", "success") for number in (1, 2, 3)
+    ]
+
+
+def test_a_pull_without_a_stream(fabric: Fabric, http: httpx.Client) -> None:
+    response = http.post("/api/pull", json={"model": "quiet", "stream": False})
+    assert (response.status_code, response.json()) == (200, {"status": "success"})
+    failed = http.post("/api/pull", json={"model": "missing-quiet", "stream": False})
+    assert failed.status_code == 500
+    assert "file does not exist" in failed.json()["error"]
+    assert outcome_of(fabric, "missing-quiet")[2].startswith("failed on 3 of 3")
+
+
+def test_a_model_that_is_in_no_registry_is_not_asked_for_again(http: httpx.Client) -> None:
+    told = lines(http.post("/api/pull", json={"model": "missing"}))
+    assert "failed on 3 of 3 engines" in told[-1]["error"]
+    assert "pull model manifest: file does not exist" in told[-1]["error"]
+    assert not any("trying again" in line.get("status", "") for line in told)
+
+
+def inject(fabric: Fabric, engine: int, kind: str, model: str, **more: Any) -> None:
+    body = {"kind": kind, "model": model, **more}
+    httpx.post(f"{fabric.engine_urls[engine - 1]}/debug/faults", json=body, trust_env=False).raise_for_status()
+
+
+def test_a_pull_that_breaks_is_tried_again_and_goes_on(
+    fabric: Fabric, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "BACKOFF_S", 0.01)
+    inject(fabric, 2, "error_line", "shaky", after=4, count=2)
+    told = lines(http.post("/api/pull", json={"model": "shaky"}))
+    assert told[-1] == {"status": "success"}
+    assert [line for line in told if "worker-2: an injected fault; trying again" in line["status"]]
+    assert hosts_with(fabric, "shaky") == [1, 2, 3]
+
+
+def test_one_host_that_fails_for_good_is_named(
+    fabric: Fabric, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "BACKOFF_S", 0.01)
+    inject(fabric, 1, "http_500", "partly", count=1000)
+    told = lines(http.post("/api/pull", json={"model": "partly"}))
+    assert told[-1]["error"].startswith("failed on 1 of 3 engines: worker-1: ")
+    assert hosts_with(fabric, "partly") == [2, 3]
+
+
+def test_whoever_leaves_stops_the_pull(fabric: Fabric, http: httpx.Client) -> None:
+    for engine in (1, 2, 3):
+        inject(fabric, engine, "hang", "left", after=2)
+    with http.stream("POST", "/api/pull", json={"model": "left"}) as response:
+        reading = response.iter_lines()
+        next(reading)
+    fabric.until(lambda: outcome(fabric, "left") == "stopped by the client", "it is written down")
+    assert lines(http.post("/api/pull", json={"model": "left"}))[-1] == {"status": "success"}
+
+
+def outcome(fabric: Fabric, model: str) -> str:
+    with contextlib.closing(Store.open(fabric.folder)) as store:
+        return next((row.outcome for row in store.audit() if row.model == f"{model}:latest"), "")
+
+
+def test_pulls_take_no_slot(fabric: Fabric, http: httpx.Client) -> None:
+    for engine in (1, 2, 3):
+        inject(fabric, engine, "hang", "slow", after=2)
+    with http.stream("POST", "/api/pull", json={"model": "slow"}) as response:
+        reading = response.iter_lines()
+        next(reading)
+        assert http.post("/api/generate", json={"model": "llama2", "prompt": "p", "stream": False}).is_success
+
+
+def test_copy_and_delete(fabric: Fabric, http: httpx.Client) -> None:
+    http.post("/api/pull", json={"model": "origin", "hosts": ["worker-1", "worker-3"]})
+    fabric.until(lambda: len(having(http, "origin")) == 2, "it is seen")
+    copied = http.post("/api/copy", json={"source": "origin", "destination": "copied"})
+    assert (copied.status_code, copied.content) == (200, b"")
+    assert hosts_with(fabric, "copied") == [1, 3]
+    deleted = http.request("DELETE", "/api/delete", json={"model": "origin"})
+    assert (deleted.status_code, deleted.content) == (200, b"")
+    assert hosts_with(fabric, "origin") == []
+    fabric.until(lambda: not having(http, "origin"), "it is seen")
+    again = http.request("DELETE", "/api/delete", json={"model": "origin"})
+    assert (again.status_code, again.json()["error"]) == (404, "model 'origin' not found")
+
+
+def having(http: httpx.Client, model: str) -> list[str]:
+    time.sleep(0.02)
+    models = http.get("/fabric/models").json()["models"]
+    return [entry["host"] for found in models if found["name"] == model for entry in found["hosts"]]
+
+
+def test_a_model_is_kept_in_memory_and_let_go(fabric: Fabric, http: httpx.Client) -> None:
+    def resident() -> set[str]:
+        return {model["host"] for model in http.get("/api/ps").json()["models"] if model["name"] == "llama2:latest"}
+
+    held = http.post("/fabric/load", json={"model": "llama2", "hosts": ["worker-1", "worker-2"], "keepAlive": -1})
+    assert (held.status_code, held.json()) == (200, {"status": "success"})
+    fabric.until(lambda: {"worker-1", "worker-2"} <= resident(), "it is in memory")
+    http.post("/fabric/load", json={"model": "llama2", "keepAlive": 0})
+    fabric.until(lambda: not resident(), "it is let go")
+
+
+@pytest.mark.parametrize("path", ["/api/pull", "/api/push", "/api/create", "/api/copy", "/fabric/load"])
+def test_bad_requests(http: httpx.Client, path: str) -> None:
+    for body in (b"{", b"{}", b'{"model":7}'):
+        assert http.post(path, content=body).status_code == 400
+    assert http.post(path, json={"model": "m", "source": "m", "hosts": ["nowhere"]}).status_code == 404
+
+
+def test_only_a_key_with_the_scope_may(fabric: Fabric) -> None:
+    reader = key(fabric, "inference", "models:read")
+    with httpx.Client(base_url=fabric.http_url, headers=reader, trust_env=False) as http:
+        refused = http.post("/api/pull", json={"model": "m"})
+        assert (refused.status_code, refused.json()["code"]) == (403, "FORBIDDEN")
+    narrow = key(fabric, *WRITE, models=("mine*",))
+    with httpx.Client(base_url=fabric.http_url, headers=narrow, trust_env=False) as http:
+        assert http.post("/api/pull", json={"model": "yours"}).status_code == 403
+        copy = {"source": "mine", "destination": "yours", "hosts": ["worker-1"]}
+        assert http.post("/api/pull", json={"model": "mine", "hosts": ["worker-1"]}).status_code == 200
+        fabric.until(lambda: bool(having(http, "mine")), "it is seen")
+        assert http.post("/api/copy", json=copy).status_code == 403
