@@ -1,7 +1,8 @@
 """The load generators: the same stream asked for in four ways, each as cheap as its kind allows.
 
     httpx       Ollama's API straight at the engine, as a good program would: raw chunks, split into lines
-    lean        the same over asyncio's transport and httptools, the least a client can cost
+    lean        the same over asyncio's transport and httptools, the least a client can cost; also OpenAI's API, and
+                whatever else serves one of them
     websocket   weftline's protocol over asyncio's transport, frames parsed here: the least a client can cost
     weftline    `weftline_client.AsyncClient`, what a user of ours pays
 
@@ -35,6 +36,8 @@ PROMPT: Final = "Why is the sky blue?"
 CONNECT_S: Final = 10.0
 FRAME_BYTES_MAX: Final = 2**20
 CONNECTIONS_MAX: Final = 8
+REFUSAL_BYTES_MAX: Final = 300
+"""Of an error's document, as it is told."""
 
 
 @dataclass(slots=True)
@@ -64,8 +67,31 @@ class _Line(msgspec.Struct):
 _decode_line: Final = msgspec.json.Decoder(_Line).decode
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta
+
+
+class _Event(msgspec.Struct):
+    """What a client reads of an event of /v1/chat/completions."""
+
+    choices: list[_Choice]
+
+
+_decode_event: Final = msgspec.json.Decoder(_Event).decode
+EVENT: Final = b"data: {"
+
+
 def _ollama_body(count: int) -> bytes:
     return msgspec.json.encode({"model": MODEL, "prompt": PROMPT, "options": {"num_predict": count}})
+
+
+def _openai_body(count: int) -> bytes:
+    messages = [{"role": "user", "content": PROMPT}]
+    return msgspec.json.encode({"model": MODEL, "messages": messages, "max_tokens": count, "stream": True})
 
 
 def _take_lines(answer: Answer, data: bytes) -> bytes:
@@ -80,7 +106,53 @@ def _take_lines(answer: Answer, data: bytes) -> bytes:
     return lines[-1]
 
 
-# Straight at the engine -----------------------------------------------------------------------------------------------
+def _take_events(answer: Answer, data: bytes) -> bytes:
+    """Note the tokens of all complete events; returns the rest."""
+    now_s = perf_counter()
+    lines = data.split(b"\n")
+    for text in lines[:-1]:
+        if text.startswith(EVENT):
+            for choice in _decode_event(text[len(EVENT) - 1 :]).choices:
+                if choice.delta.content:
+                    answer.came_s.append(now_s)
+                    answer.tokens.append(choice.delta.content)
+    return lines[-1]
+
+
+@dataclass(slots=True, frozen=True)
+class Api:
+    """How a stream of `count` tokens is asked for, and its tokens are taken from what comes."""
+
+    path: str
+    body: Callable[[int], bytes]
+    take: Callable[[Answer, bytes], bytes]
+
+
+OLLAMA: Final = Api("/api/generate", _ollama_body, _take_lines)
+OPENAI: Final = Api("/v1/chat/completions", _openai_body, _take_events)
+
+
+@dataclass(slots=True, frozen=True)
+class Way:
+    """How streams go over HTTP: to `url`, which speaks `api`.
+
+    `processes` are what is between client and engine, by the names their usage counts under; `direct` is the way that
+    what they add is measured against, empty for one that is direct itself.
+    """
+
+    name: str
+    url: str
+    api: Api
+    token: str = ""
+    processes: tuple[str, ...] = ()
+    direct: str = ""
+
+    def opened(self, streams: int) -> contextlib.AbstractAsyncContextManager[Generate]:
+        """A kept connection per stream."""
+        return over_http(self.url, streams, self.api, self.token)
+
+
+# Over HTTP ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
@@ -124,18 +196,22 @@ class _Connection(asyncio.Protocol):
 class _HttpConnection(_Connection):
     """One kept connection, one request at a time; httptools calls `on_*`."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, api: Api, token: str) -> None:
         super().__init__()
-        self._head = f"POST /api/generate HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        self._api = api
+        self._head = f"POST {api.path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        if token:
+            self._head += f"authorization: Bearer {token}\r\n"
         self._parser: Any = None
         self._answer = Answer(0.0)
         self._rest = b""
         self._done: asyncio.Future[None] | None = None
 
     async def generate(self, count: int) -> Answer:
-        body = _ollama_body(count)
+        body = self._api.body(count)
         request = f"{self._head}content-length: {len(body)}\r\n\r\n".encode() + body
         self._parser = httptools.HttpResponseParser(self)
+        self._rest = b""
         self._done = asyncio.get_running_loop().create_future()
         answer = self._answer = Answer(perf_counter())
         self._transport.write(request)
@@ -149,10 +225,19 @@ class _HttpConnection(_Connection):
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            if self._done is not None and not self._done.done():
+                reason = error.__context__ or error  # of a line that could not be read, httptools tells by the context
+                self._done.set_exception(BenchError(f"what came cannot be read: {reason}"))
+            self._transport.abort()
 
     def on_body(self, body: bytes) -> None:
-        self._rest = _take_lines(self._answer, self._rest + body)
+        if self._parser.get_status_code() == 200:
+            self._rest = self._api.take(self._answer, self._rest + body)
+        else:
+            self._rest += body
 
     def on_message_complete(self) -> None:
         assert self._done is not None
@@ -160,18 +245,18 @@ class _HttpConnection(_Connection):
         if status == 200:
             self._done.set_result(None)
         else:
-            self._done.set_exception(BenchError(f"the engine answered {status}: {self._rest!r}"))
+            self._done.set_exception(BenchError(f"{status} was answered: {self._rest[:REFUSAL_BYTES_MAX]!r}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         if self._done is not None and not self._done.done():
-            self._done.set_exception(BenchError("the engine closed the connection"))
+            self._done.set_exception(BenchError("the server closed the connection"))
 
 
 @contextlib.asynccontextmanager
-async def over_lean_http(fabric: Fabric, streams: int) -> AsyncIterator[Generate]:
-    """A kept connection per stream."""
-    async with _https(fabric, streams) as idle:
+async def over_http(url: str, streams: int, api: Api = OLLAMA, token: str = "") -> AsyncIterator[Generate]:
+    """A kept connection per stream to `url`, whatever is there; `token` goes with every request."""
+    async with _https(url, streams, api, token) as idle:
 
         async def generate(count: int) -> Answer:
             connection = idle.pop()
@@ -182,15 +267,22 @@ async def over_lean_http(fabric: Fabric, streams: int) -> AsyncIterator[Generate
         yield generate
 
 
+def over_lean_http(fabric: Fabric, streams: int) -> contextlib.AbstractAsyncContextManager[Generate]:
+    """Straight at the engine."""
+    return over_http(fabric.engine_url, streams)
+
+
 @contextlib.asynccontextmanager
-async def _https(fabric: Fabric, count: int) -> AsyncIterator[list[_HttpConnection]]:
-    """So many connections to the engine."""
-    host, port = _address(fabric.engine_url)
+async def _https(url: str, count: int, api: Api = OLLAMA, token: str = "") -> AsyncIterator[list[_HttpConnection]]:
+    """So many connections."""
+    host, port = _address(url)
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
         opened: list[_HttpConnection] = []
         for _ in range(count):
-            _, connection = await loop.create_connection(lambda: _HttpConnection(f"{host}:{port}"), host, port)
+            _, connection = await loop.create_connection(
+                lambda: _HttpConnection(f"{host}:{port}", api, token), host, port
+            )
             stack.push_async_callback(connection.close)
             opened.append(connection)
         yield opened
@@ -405,7 +497,7 @@ async def over_weftline_client(fabric: Fabric, streams: int) -> AsyncIterator[Ge
 @contextlib.asynccontextmanager
 async def stopping(client: str, fabric: Fabric, streams: int) -> AsyncIterator[tuple[Generate, Stop]]:
     """`client` is "lean", whose connections serve until `stop` only, or "websocket"; one connection per stream."""
-    async with _https(fabric, streams) if client == "lean" else _websockets(fabric, streams) as opened:
+    async with _https(fabric.engine_url, streams) if client == "lean" else _websockets(fabric, streams) as opened:
         turns: cycle[_HttpConnection | WebSocketConnection] = cycle(opened)
 
         def stop() -> None:

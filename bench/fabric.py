@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import psutil
@@ -21,6 +22,7 @@ import psutil
 from cli.keys import ensure_client
 from common import process
 from common.errors import ProcessError
+from gateway.store import Store
 
 START_S: Final = 30.0
 STOP_S: Final = 5.0
@@ -67,30 +69,35 @@ class Usage:
 
 @dataclass(slots=True, frozen=True)
 class Fabric:
-    """Where to send requests: straight to the engine, or through the gateway with the client config `key`."""
+    """Where to send requests: straight to the engine, or through the gateway with the client config `key`, over HTTP
+    with `token`. `processes` are those whose usage counts, by the name it counts under.
+    """
 
     engine_url: str
     gateway_url: str
     key: Path
-    processes: dict[str, psutil.Process]
+    token: str
+    processes: dict[str, list[psutil.Process]]
 
     def usage(self) -> Usage:
         """What every process has used so far."""
         cpu_s, rss_bytes = {}, {}
-        for name, running in self.processes.items():
-            with running.oneshot():
-                times = running.cpu_times()
-                cpu_s[name] = times.user + times.system
-                rss_bytes[name] = running.memory_info().rss
+        for name, group in self.processes.items():
+            cpu_s[name], rss_bytes[name] = 0.0, 0
+            for running in group:
+                with running.oneshot():
+                    times = running.cpu_times()
+                    cpu_s[name] += times.user + times.system
+                    rss_bytes[name] += running.memory_info().rss
         machine = psutil.cpu_times()
         return Usage(cpu_s, rss_bytes, sum(machine) - machine.idle - getattr(machine, "iowait", 0.0))
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, *, tokens_per_s: float, slots: int) -> AsyncIterator[Fabric]:
+async def running(folder: Path, *, tokens_per_s: float, slots: int, engine_port: int = 0) -> AsyncIterator[Fabric]:
     """Start a fabric with one simulated engine of `slots` streams at `tokens_per_s` each (0: unpaced).
 
-    `folder` is its data dir; keys found there are used again.
+    `folder` is its data dir; keys found there are used again. The engine takes a free port unless one is given.
 
     Raises:
         BenchError: a process did not start.
@@ -105,7 +112,8 @@ async def running(folder: Path, *, tokens_per_s: float, slots: int) -> AsyncIter
         try:
             async with asyncio.timeout(START_S):
                 rate = f"{tokens_per_s:g}"
-                simulated = ("--simulated", "--tokens-per-s", rate, "--slots", str(slots), "--listen", "127.0.0.1:0")
+                listen = f"127.0.0.1:{engine_port}"
+                simulated = ("--simulated", "--tokens-per-s", rate, "--slots", str(slots), "--listen", listen)
                 engine = await start("engine", "workers.embedded", *simulated)
                 any_port = "tcp://127.0.0.1:*"
                 broker = await start("broker", "broker", "--gateways", any_port, "--workers", any_port)
@@ -124,13 +132,16 @@ async def running(folder: Path, *, tokens_per_s: float, slots: int) -> AsyncIter
         except TimeoutError:
             logs = "".join(line for part in parts for line in part.log)
             raise BenchError(f"the fabric was not ready within {START_S:g} s:\n{logs}") from None
-        processes = {part.name: psutil.Process(part.child.pid) for part in parts} | {"client": psutil.Process()}
-        yield Fabric(engine_url, gateway_url, ensure_client(folder, "bench", server_url=gateway_url), processes)
+        processes = {part.name: [psutil.Process(part.child.pid)] for part in parts} | {"client": [psutil.Process()]}
+        key = ensure_client(folder, "bench", server_url=gateway_url)
+        with contextlib.closing(Store.open(folder)) as store:
+            _, token = store.add_token("bench")
+        yield Fabric(engine_url, gateway_url, key, token, processes)
 
 
 @contextlib.asynccontextmanager
 async def _part(name: str, *arguments: str) -> AsyncIterator[Part]:
-    """A process that ends with the block, the hard way after STOP_S."""
+    """A process of ours that ends with the block."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -141,20 +152,30 @@ async def _part(name: str, *arguments: str) -> AsyncIterator[Part]:
         start_new_session=True,  # Ctrl-C reaches us alone, and we stop the parts
     )
     part = Part(name, child, asyncio.get_running_loop().create_future())
-    reader = asyncio.create_task(part.read_log())
-    try:
+    async with ended(child, part.read_log()):
         yield part
+
+
+@contextlib.asynccontextmanager
+async def ended(child: asyncio.subprocess.Process, reading: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """`reading` its output runs beside the block; then the leader of a session is ended, and after STOP_S the hard way,
+    with whatever of its session is left.
+    """
+    reader = asyncio.create_task(reading)
+    try:
+        yield
     finally:
         with contextlib.suppress(ProcessLookupError):
             child.terminate()
         try:
             async with asyncio.timeout(STOP_S):
                 await child.wait()
+                await asyncio.shield(reader)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)
             await child.wait()
-        await reader
+            await reader
 
 
 async def _ready(gateway_url: str) -> None:

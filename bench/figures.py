@@ -87,13 +87,17 @@ class Stops:
     ms: Spread
 
 
-def run_of(answers: Iterable[Answer], from_s: float, to_s: float, before: Usage, after: Usage) -> Run:
-    """The samples of the window: streams asked for in it, tokens that came in it with the gaps before them."""
+def run_of(
+    answers: Iterable[Answer], from_s: float, to_s: float, before: Usage, after: Usage, *, asked_from_s: float
+) -> Run:
+    """The samples of the window: tokens that came in it with the gaps before them, and streams asked for in it, or
+    before it from `asked_from_s` on.
+    """
     first_ms: list[float] = []
     gaps_ms: list[float] = []
     tokens = 0
     for answer in answers:
-        if from_s <= answer.asked_s < to_s:
+        if asked_from_s <= answer.asked_s < to_s:
             first_ms.append((answer.came_s[0] - answer.asked_s) * 1000)
         previous_s: float | None = None
         for came_s in answer.came_s:
@@ -119,7 +123,13 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median(values), min(values), max(values))
 
 
-def figures(load: str, streams: int, rounds: Sequence[Mapping[str, Run]]) -> list[Figures]:
+def others_cores(runs: Sequence[Run]) -> float:
+    """How many cores processes that are not the benchmark's kept busy meanwhile."""
+    others_s = sum(run.machine_s - sum(run.cpu_s.values()) for run in runs)
+    return max(0.0, others_s / sum(run.window_s for run in runs))
+
+
+def figures_of(load: str, streams: int, rounds: Sequence[Mapping[str, Run]]) -> list[Figures]:
     """All clients' figures at one load. `rounds`: of each round, the run of each client.
 
     What is added is the difference of the medians of two runs in the same round: what disturbs the machine for longer
@@ -198,7 +208,7 @@ def report(paced: Sequence[Figures], fast: Sequence[Figures], stops: Sequence[St
             f"From stop until the engine counts no busy slot, ms\n{_stops(stops)}",
             f"CPU, µs per token\n{_cpu([*paced, *fast])}",
             f"Resident memory, MiB, at its highest\n{_memory([*paced, *fast])}",
-            f"Aims\n{_aims(aims(paced, fast, stops))}",
+            f"Aims\n{aims_table(aims(paced, fast, stops))}",
         ]
     )
 
@@ -210,11 +220,11 @@ def _latencies(paced: Sequence[Figures]) -> str:
             f.load,
             CLIENTS[f.client],
             *(f"{ms:.2f}" for q in (f.first_ms, f.gap_ms) for ms in (q.p50, q.p99)),
-            *(_spread(f.added_first_ms[direct], "+.2f") if f.added_first_ms else "" for direct in DIRECT),
+            *(spread_text(f.added_first_ms[direct], "+.2f") if f.added_first_ms else "" for direct in DIRECT),
         )
         for f in paced
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _speeds(fast: Sequence[Figures]) -> str:
@@ -224,12 +234,12 @@ def _speeds(fast: Sequence[Figures]) -> str:
         (
             f.load,
             CLIENTS[f.client],
-            _spread(f.tokens_per_s, ",.0f"),
+            spread_text(f.tokens_per_s, ",.0f"),
             *(f"{f.tokens_per_s.median / direct[f.load, other]:.0%}" for other in DIRECT),
         )
         for f in fast
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _stops(stops: Sequence[Stops]) -> str:
@@ -237,7 +247,7 @@ def _stops(stops: Sequence[Stops]) -> str:
         (CLIENTS[s.client], *(str(n) for n in (s.streams, s.n)), *(f"{ms:.1f}" for ms in (s.ms.median, s.ms.max)))
         for s in stops
     ]
-    return _table(("client", "streams", "stops", "p50", "max"), rows, left=1)
+    return table(("client", "streams", "stops", "p50", "max"), rows, left=1)
 
 
 def _cpu(all_figures: Sequence[Figures]) -> str:
@@ -250,27 +260,27 @@ def _cpu(all_figures: Sequence[Figures]) -> str:
         )
         for f in all_figures
     ]
-    return _table(("load", "client", *PROCESSES, "all"), rows)
+    return table(("load", "client", *PROCESSES, "all"), rows)
 
 
 def _memory(all_figures: Sequence[Figures]) -> str:
     highest = tuple(f"{max(f.rss_mib[process] for f in all_figures):.0f}" for process in SERVERS)
-    return _table(SERVERS, [highest], left=0)
+    return table(SERVERS, [highest], left=0)
 
 
-def _aims(found: Sequence[Aim]) -> str:
+def aims_table(found: Sequence[Aim]) -> str:
     rows = [
-        ("met" if aim.met else "missed", _spread(aim.figure, ",.0f" if aim.bound > 100 else ".2f"), aim.text)
+        ("met" if aim.met else "missed", spread_text(aim.figure, ",.0f" if aim.bound > 100 else ".2f"), aim.text)
         for aim in found
     ]
-    return _table(("aim", "figure", ""), rows, left=3)
+    return table(("aim", "figure", ""), rows, left=3)
 
 
-def _spread(values: Spread, form: str) -> str:
+def spread_text(values: Spread, form: str) -> str:
     return f"{values.median:{form}} ({values.min:{form}} … {values.max:{form}})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
     """Columns as wide as they need; the first `left` are texts."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 

@@ -1,4 +1,4 @@
-"""`make bench`: the same streams straight at the engine and through the fabric, in one run.
+"""The client protocol: the same streams straight at the engine and through the fabric, in one run.
 
 Clients take turns in short runs (A B C D, A B C D, …), so that what else happens on the machine hits all of them. A run
 is a warm-up, a window that counts, and the end of the streams then under way. Every token is checked against what the
@@ -7,31 +7,21 @@ simulated engine is known to say.
 
 import asyncio
 import gc
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-import msgspec
-import typer
-
-from bench import clients, fabric
+from bench import clients, fabric, figures
 from bench.clients import PROMPT, Answer, Generate, Slots, stopping
 from bench.fabric import BenchError, Fabric
-from bench.figures import Figures, Run, Stops, aims, figures, report, run_of, spread
-from common import process
-from common.command import run_command
-from common.errors import UsageError
+from bench.figures import Figures, Run, Stops, aims, figures_of, others_cores, run_of, spread
 from workers.embedded.simulated import transcript
 
-RESULTS: Final = Path(__file__).parent / "results"
 OPEN: Final[dict[str, Callable[[Fabric, int], AbstractAsyncContextManager[Generate]]]] = {
     "httpx": clients.over_httpx,
     "lean": clients.over_lean_http,
@@ -39,12 +29,12 @@ OPEN: Final[dict[str, Callable[[Fabric, int], AbstractAsyncContextManager[Genera
     "weftline": clients.over_weftline_client,
 }
 RUN_S_MAX: Final = 30.0
-WARM_UP_S: Final = 0.2
 STOPPED: Final = ("lean", "websocket")
 STOP_STREAMS: Final = 8
 STOP_TIMES: Final = 20
 STOP_TOKENS: Final = 100_000
 """More than a stream brings before it is stopped."""
+STOP_AFTER_S: Final = 0.2
 STOP_POLL_S: Final = 0.001
 
 
@@ -58,6 +48,9 @@ class Load:
     tokens_per_s: float
     window_s: float
     pause_s: float = 0.0
+    warm_up_s: float = 0.2
+    firsts_of_warm_up: bool = False
+    """Whether first tokens count from the beginning: a stream may take longer than a window."""
 
     @property
     def answer_s(self) -> float:
@@ -103,7 +96,8 @@ async def run(load: Load, generate: Generate, target: Fabric) -> Run:
         async with asyncio.timeout(RUN_S_MAX), asyncio.TaskGroup() as group:
             for number in range(load.streams):
                 group.create_task(stream(number))
-            await asyncio.sleep(load.answer_s + WARM_UP_S)
+            began_s = perf_counter()
+            await asyncio.sleep(load.answer_s + load.warm_up_s)
             before, from_s = target.usage(), perf_counter()
             await asyncio.sleep(load.window_s)
             after, to_s = target.usage(), perf_counter()
@@ -114,7 +108,8 @@ async def run(load: Load, generate: Generate, target: Fabric) -> Run:
     for answer in answers:
         if "".join(answer.tokens) != expected:
             raise BenchError(f"a stream brought other tokens than the engine's: {''.join(answer.tokens)[:200]!r}")
-    return run_of(answers, from_s, to_s, before, after)
+    asked_from_s = began_s if load.firsts_of_warm_up else from_s
+    return run_of(answers, from_s, to_s, before, after, asked_from_s=asked_from_s)
 
 
 async def measure(loads: Sequence[Load], rounds: int, folder: Path) -> tuple[list[Figures], float]:
@@ -136,9 +131,8 @@ async def measure(loads: Sequence[Load], rounds: int, folder: Path) -> tuple[lis
                     async with opened(target, load.streams) as generate:
                         results[-1][client] = await run(load, generate, target)
                         runs.append(results[-1][client])
-            found += figures(load.name, load.streams, results)
-    others_s = sum(run.machine_s - sum(run.cpu_s.values()) for run in runs)
-    return found, max(0.0, others_s / sum(run.window_s for run in runs))
+            found += figures_of(load.name, load.streams, results)
+    return found, others_cores(runs)
 
 
 async def measure_stops(folder: Path, times: int = STOP_TIMES) -> list[Stops]:
@@ -171,7 +165,7 @@ async def measure_stops(folder: Path, times: int = STOP_TIMES) -> list[Stops]:
                         group.create_task(generate(STOP_TOKENS))
                     await until(STOP_STREAMS, "all busy")
                     # Somewhere between two tokens, another place each time.
-                    await asyncio.sleep(WARM_UP_S + number / times / 50)
+                    await asyncio.sleep(STOP_AFTER_S + number / times / 50)
                     stopped_s = perf_counter()
                     stop()
                     await until(0, "free")
@@ -179,17 +173,8 @@ async def measure_stops(folder: Path, times: int = STOP_TIMES) -> list[Stops]:
     return [Stops(client, STOP_STREAMS, times, spread(ms)) for client, ms in samples.items()]
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were made on."""
-    return {
-        "cpus": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-
-
 async def bench(*, quick: bool) -> dict[str, Any]:
-    """Run everything; the result is what the JSON file holds. Raises BenchError.
+    """Run everything. The result is for `report`, and for a file. Raises BenchError.
 
     `others_cores` is how many cores processes that are not ours kept busy, at its highest of the loads.
     """
@@ -197,10 +182,9 @@ async def bench(*, quick: bool) -> dict[str, Any]:
     groups = loads(quick=quick)
     with tempfile.TemporaryDirectory(prefix="weftline-bench-") as folder:
         results = [await measure(group, rounds, Path(folder)) for group in groups]
-        stops = await measure_stops(Path(folder))
+        stops = await measure_stops(Path(folder), STOP_TIMES // 4 if quick else STOP_TIMES)
     (paced, _), (fast, _), (full, _) = results
     return {
-        "machine": machine(),
         "others_cores": max(others for _, others in results),
         "rounds": rounds,
         "loads": [load for group in groups for load in group],
@@ -211,47 +195,6 @@ async def bench(*, quick: bool) -> dict[str, Any]:
     }
 
 
-def streams(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A minute instead of four: fewer loads, rougher figures.")
-    ] = False,
-    json: Annotated[
-        Path | None, typer.Option(help="Where the figures go. [bench/results/streams-DATE.json]", metavar="FILE")
-    ] = None,
-) -> int:
-    """Measure what the fabric adds to streams, how fast it goes and what it costs, on the simulated engine."""
-
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    file = json or RESULTS / f"streams-{date.replace(':', '')}.json"
-
-    async def main(stop: asyncio.Event) -> int:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        except OSError as error:
-            raise UsageError(f"cannot write {file}: {error.strerror}. Choose another with --json FILE.") from None
-        work = asyncio.create_task(bench(quick=quick))
-        try:
-            await process.until(stop, work)
-            if stop.is_set():
-                print("stopped", file=sys.stderr)
-                return 1
-            result = work.result()
-            file.write_bytes(msgspec.json.format(msgspec.json.encode({"date": date, **result})) + b"\n")
-        finally:
-            if not file.stat().st_size:
-                file.unlink()
-        print(report(result["paced"], result["fast"], result["stops"]))
-        print(f"\nOther processes kept {result['others_cores']:.2f} of {os.cpu_count()} cores busy meanwhile.")
-        print(f"All figures: {file}")
-        return 0
-
-    return process.run(main)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_command(streams, argv, name="python -m bench.streams")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def report(result: dict[str, Any]) -> str:
+    """What `bench` found, for people."""
+    return figures.report(result["paced"], result["fast"], result["stops"])

@@ -97,7 +97,7 @@ class FleetApi:
                 if not grant.allows_model(model):
                     raise FabricError(Code.FORBIDDEN, f"this key may not touch the model {short_name(model)!r}")
             detail = parse_qs(scope["query_string"].decode("latin-1")).get("detail") == ["hosts"]
-            await self._run(job, grant, detail, receive, send)
+            await self._run(path.rpartition("/")[2], job, grant, detail, receive, send)
         except FabricError as error:
             self._services.metrics.errors[error.code] += 1
             await refuse(send, OLLAMA, error)
@@ -144,7 +144,7 @@ class FleetApi:
             raise FabricError(Code.MODEL_NOT_FOUND, f"model '{short_name(model)}' not found")
         return targets
 
-    async def _run(self, job: _Job, grant: Grant, detail: bool, receive: Receive, send: Send) -> None:
+    async def _run(self, action: str, job: _Job, grant: Grant, detail: bool, receive: Receive, send: Send) -> None:
         operation = Operation(self._services.upstream, grant.client, job.targets, job.method, job.path, job.body)
         running = asyncio.create_task(operation.run())
         gone = asyncio.create_task(until_gone(receive))
@@ -162,7 +162,7 @@ class FleetApi:
             running.result()
             last = operation.progress.last(detail=detail)
             outcome = str(last.get("error", "success"))
-            await self._write_down(job, grant, outcome)  # first: what is told as done is written down
+            await self._write_down(action, job, grant, outcome)  # first: what is told as done is written down
             if job.streams:
                 await _send_lines(send, [last], started=started, ended=True)
             elif "error" in last:
@@ -177,11 +177,10 @@ class FleetApi:
                 task.cancel()
             await asyncio.gather(running, gone, return_exceptions=True)
             if outcome is None:
-                await self._write_down(job, grant, "stopped by the client")
+                await self._write_down(action, job, grant, "stopped by the client")
 
-    async def _write_down(self, job: _Job, grant: Grant, outcome: str) -> None:
+    async def _write_down(self, action: str, job: _Job, grant: Grant, outcome: str) -> None:
         hosts = sorted({target.host for target in job.targets})
-        action = job.path.removeprefix("/api/")
         log("operation on models", action=action, model=job.model, client=grant.client, hosts=hosts, outcome=outcome)
         with contextlib.suppress(StoreError):
             await asyncio.to_thread(
