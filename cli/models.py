@@ -283,7 +283,7 @@ def _own_token(folder: Path) -> Iterator[str]:
 def _registry(folder: Path) -> Iterator[Store]:
     if not (folder / FILE_NAME).exists():
         raise UsageError(
-            f"there is no client registry in {folder}. Give a key with --token, or with --data-dir the gateway's folder."
+            f"there is no client registry in {folder}. Give a key with --token, or the gateway's --data-dir."
         )
     with contextlib.closing(Store.open(folder)) as store:
         yield store
