@@ -366,6 +366,7 @@ class BrokerCore:
             self._take_from(known, gateway)
             if agrees(known, submit):
                 self._take_back(known, gateway, submit, body, now)
+                self._settle(submit.rid, now)
                 return
             ordinal, failures, failed_on = max(ordinal, known.ordinal), known.failures, known.failed_on
             self._discard(known, now)
@@ -407,6 +408,7 @@ class BrokerCore:
             else:
                 request.claim_by = now + self.settings.recover_s
                 heapq.heappush(self._timers, (request.claim_by, request.rid))
+                self._settle(submit.rid, now)
         else:
             position = self._queue(request)
             self._place(now)
@@ -487,6 +489,8 @@ class BrokerCore:
     def _close_window(self) -> None:
         """Whoever has not come back by now is gone."""
         self._window.traced = False
+        for rid in list(self._window.disputed):
+            self._settle(rid, self._ticked)
         self._window.tombstones.clear()
         for name, number in self._window.attaches.values():
             self._answer_attach(name, number)
@@ -756,8 +760,8 @@ class BrokerCore:
             self._on_claim(worker, claim, now)
         self._fleet_changed(now)
 
-    def _on_claim(self, worker: Worker, claim: Claim, now: float) -> None:
-        """A worker says that it holds this lease: believe it, take it up, or cancel it."""
+    def _on_claim(self, worker: Worker, claim: Claim, now: float, *, spoken: bool = False) -> None:
+        """A worker says that it holds this lease: believe it, take it up, or cancel it; `spoken`: its gateway has."""
         request = self.state.requests.get(claim.rid)
         if request is None and self._window.admits(claim, now):
             request = self._adopt(worker, claim, now)
@@ -766,6 +770,8 @@ class BrokerCore:
         elif request is not None and believes(request, claim):
             self._take_up(request, worker, claim)
             self._tell_again(request)
+        elif request is not None and not spoken and self._window.dispute(request, worker, claim, now):
+            return
         else:
             request = None
         if request is None:
@@ -774,6 +780,12 @@ class BrokerCore:
             # Its terminal was told to nobody who lives: ask for it.
             replay = Replay(rid=claim.rid, attempt=claim.attempt, start=claim.top)
             self._send(Side.WORKER, worker.peer, replay)
+
+    def _settle(self, rid: bytes, now: float) -> None:
+        """The gateway of this request has spoken, or will not: decide on a claim that waited for it."""
+        worker, claim = self._window.disputed.pop(rid, (None, None))
+        if worker is not None and claim is not None and self.state.workers.get(worker.name) is worker:
+            self._on_claim(worker, claim, now, spoken=True)
 
     def _adopt(self, worker: Worker, claim: Claim, now: float) -> Request | None:
         """Take up a lease of which no gateway has spoken yet, for a while; unless a newer request has its id."""

@@ -7,6 +7,9 @@ order and each at its own time; `agrees` and `believes` decide what comes of it,
 - **What the client has had decides.** An attempt whose events do not follow from what was passed on is no good, however
   high: it would put two texts together. A claim does not tell where its attempt began; so one that the gateway does
   not name is believed only while nothing was passed on.
+- **Between an attempt of ours and one of another broker's that is as high, the gateway decides**: it may have followed
+  the other. Until it speaks, or the window closes, the claim waits (`disputed`): it may have the only copy of its
+  events.
 - **The window** is open for `recover_s` after the broker met its first peer, and after every trace of another broker.
   While it is open a claim without a request is taken up, a cancel or an end leaves a tombstone, so that a late claim is
   cancelled too, and a client that looks for an unknown request waits. Beyond it whatever is unknown is over.
@@ -16,7 +19,7 @@ order and each at its own time; `agrees` and `believes` decide what comes of it,
 
 from typing import Final
 
-from broker.state import Phase, Request
+from broker.state import Phase, Request, Worker
 from common.errors import Code
 from common.protocol import Claim, Failed, Submit, attempt_of, ordinal_of
 
@@ -24,6 +27,8 @@ HOLD_S: Final = 1.5
 """Nothing is leased for so long once the first gateway submits again: the oldest request may come last."""
 TOMBSTONES_MAX: Final = 100_000
 """Ended requests remembered while the window is open; of one more a late claim runs until its time is over."""
+DISPUTED_MAX: Final = 10_000
+"""Claims that wait for their gateway's word; one more is cancelled at once."""
 ATTACHES_MAX: Final = 10_000
 """Clients that wait for a request which a worker or another gateway may still bring; one more hears NOT_FOUND."""
 
@@ -34,6 +39,7 @@ class Window:
     def __init__(self, recover_s: float, nonce: int, now: float) -> None:
         self.recover_s = recover_s
         self.tombstones: set[bytes] = set()
+        self.disputed: dict[bytes, tuple[Worker, Claim]] = {}
         self.attaches: dict[tuple[str, str], tuple[str, int]] = {}
         """(client, ref) → (gateway's name, the id of its question)."""
         self._nonce = nonce
@@ -63,6 +69,15 @@ class Window:
     def made_here(self, attempt: int) -> bool:
         """Whether this broker has named the attempt."""
         return attempt_of(ordinal_of(attempt), self._nonce) == attempt
+
+    def dispute(self, request: Request, worker: Worker, claim: Claim, now: float) -> bool:
+        """Keep a claim until its gateway has spoken; False: there is nothing to decide, or there are too many."""
+        rivals = self.made_here(request.attempt) and not self.made_here(claim.attempt)
+        if not rivals or ordinal_of(claim.attempt) < request.ordinal or len(self.disputed) >= DISPUTED_MAX:
+            return False
+        self.trace(now)
+        self.disputed[claim.rid] = worker, claim
+        return True
 
     def admits(self, claim: Claim, now: float) -> bool:
         """Whether a claim of a request that is unknown may be true."""

@@ -24,6 +24,7 @@ from cli.settings import ClientSettings, KeyOption, UrlOption
 from common import logs
 from common.command import ConfigOption, DataDirOption, JsonOption, exits
 from common.errors import AuthError, ProcessError, UnreachableError, UsageError
+from common.protocol import short_name
 from gateway.store import FILE_NAME, Scope, Store
 
 OPERATOR: Final = "operator"
@@ -180,6 +181,42 @@ def unload(
 ) -> int:
     """Let a model go from memory, when nothing runs on it any more."""
     return _load(model, 0, "is let go", host, label, url, token, data_dir, config)
+
+
+@app.command()
+@exits
+def alias(
+    name: Annotated[str | None, typer.Argument(metavar="NAME")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL")] = None,
+    back: Annotated[bool, typer.Option("--back", help="Let NAME stand for what it stood for before.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Let NAME stand for nothing.")] = False,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> int:
+    """Let NAME stand for MODEL, for all clients at once; without names, list what stands for what."""
+    if (back or delete) and (name is None or model is not None or (back and delete)):
+        raise UsageError("--back and --delete take one NAME, and not each other.")
+    settings = ClientSettings.load({"data_dir": data_dir}, config=config)
+    with _registry(settings.data) as store:
+        if name is None:
+            found = store.aliases()
+        elif delete:
+            store.delete_alias(name)
+            print(f"{name} stands for nothing any more.")
+            return 0
+        elif model is None and not back:
+            raise UsageError("say which MODEL it is to stand for, or --back, or --delete.")
+        else:
+            found = [store.roll_back_alias(name) if back else store.set_alias(name, model or "")]
+    if as_json:
+        print_json([{"name": a.name, "model": a.target, "previous": a.previous} for a in found])
+    elif name is not None:
+        print(f"{name} stands for {short_name(found[0].target)} now; gateways follow within 2 s.")
+    else:
+        rows = [[short_name(a.name), short_name(a.target), short_name(a.previous or "-")] for a in found]
+        print_table(["NAME", "MODEL", "BEFORE"], rows)
+    return 0
 
 
 @app.command("log")

@@ -76,6 +76,10 @@ class Gateway:
         while True:
             try:
                 changed = await asyncio.to_thread(store.changed_since, change)
+                aliases = await asyncio.to_thread(store.aliases)
+                # In one turn, so that no request meets the one and not the other.
+                self._services.aliases.clear()
+                self._services.aliases.update({alias.name: alias.target for alias in aliases})
             except StoreError as error:
                 log.warn("client registry unreadable", reason=str(error))
                 changed = []
@@ -236,6 +240,7 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
             upstream=upstream,
             authenticator=Authenticator(store.get, settings.public_url or f"ws://{actual}"),
             metrics=Metrics(upstream),
+            aliases={alias.name: alias.target for alias in store.aliases()},
         )
         keyring = Keyring(store.find_token)
         gateway = Gateway(services, keyring, store)

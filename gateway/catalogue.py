@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -42,11 +42,13 @@ class Catalogue:
             return self._hosts
 
 
-def tags(hosts: Iterable[Host], allowed: Allowed) -> dict[str, Any]:
+def tags(hosts: Iterable[Host], allowed: Allowed, aliases: Mapping[str, str]) -> dict[str, Any]:
     """/api/tags: each name once, as the first host lists it. `digests` says who has what where hosts disagree."""
     models = []
-    for name, having in _by_name(hosts, allowed).items():
+    for name, having in _named(hosts, allowed, aliases).items():
         entry = _entry(having[0][2].listed) or _made_up(name, having[0][2])
+        if name in aliases:
+            entry |= {"name": name, "model": name, "alias": aliases[name]}
         digests: dict[str, list[str]] = {}
         for host, _, model in having:
             digests.setdefault(model.digest, []).append(host.name)
@@ -75,9 +77,9 @@ def version(hosts: Iterable[Host]) -> str:
     return min(versions, key=_version_key, default="0.0.0")
 
 
-def openai_models(hosts: Iterable[Host], allowed: Allowed) -> dict[str, Any]:
+def openai_models(hosts: Iterable[Host], allowed: Allowed, aliases: Mapping[str, str]) -> dict[str, Any]:
     """/v1/models."""
-    data = [openai_model(name, having[0][2]) for name, having in _by_name(hosts, allowed).items()]
+    data = [openai_model(name, having[0][2]) for name, having in _named(hosts, allowed, aliases).items()]
     return {"object": "list", "data": data}
 
 
@@ -120,6 +122,15 @@ def find(hosts: Iterable[Host], name: str) -> Model | None:
     """A model by its full name."""
     having = _by_name(hosts, lambda other: other == name)
     return having[name][0][2] if name in having else None
+
+
+def _named(
+    hosts: Iterable[Host], allowed: Allowed, aliases: Mapping[str, str]
+) -> dict[str, list[tuple[Host, Engine, Model]]]:
+    """Models by the names that clients may use, those that stand for one among them."""
+    every = _by_name(hosts, lambda _: True)
+    found = every | {alias: every[model] for alias, model in aliases.items() if model in every}
+    return {name: having for name, having in sorted(found.items()) if allowed(name)}
 
 
 def _by_name(hosts: Iterable[Host], allowed: Allowed) -> dict[str, list[tuple[Host, Engine, Model]]]:

@@ -67,6 +67,7 @@ class _Job(msgspec.Struct):
 
 
 _job = msgspec.json.Decoder(_Job)
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class TokenPaths:
@@ -114,11 +115,14 @@ class HttpApi:
         yield Route(
             "/api/show", _Inference(self, "/api/show", OLLAMA, scope=Scope.MODELS_READ, light=True), methods=["POST"]
         )
-        yield self._list("/api/tags", lambda hosts, allowed, _: catalogue.tags(hosts, allowed))
+        aliases = self._services.aliases
+        yield self._list("/api/tags", lambda hosts, allowed, _: catalogue.tags(hosts, allowed, aliases))
         yield self._list("/api/ps", lambda hosts, allowed, _: catalogue.ps(hosts, allowed))
         yield self._list("/fabric/models", lambda hosts, allowed, _: catalogue.fabric_models(hosts, allowed))
-        yield self._list("/v1/models", lambda hosts, allowed, _: catalogue.openai_models(hosts, allowed), OPENAI)
-        yield self._list("/v1/models/{model:path}", _openai_model, OPENAI)
+        yield self._list(
+            "/v1/models", lambda hosts, allowed, _: catalogue.openai_models(hosts, allowed, aliases), OPENAI
+        )
+        yield self._list("/v1/models/{model:path}", self._openai_model, OPENAI)
         yield Route("/api/version", self._version, methods=["GET"])
 
     async def hosts(self) -> tuple[Host, ...]:
@@ -170,9 +174,11 @@ class HttpApi:
             self._exchanges[exchange] = grant  # in the same turn: a revocation was seen by the one or finds the other
             try:
                 body = await read_body(receive)
-                model = _model_of(body)
-                if not grant.allows_model(model):
-                    raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(model)!r}")
+                asked = _model_of(body)
+                if not grant.allows_model(asked):
+                    raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(asked)!r}")
+                model = services.model(asked)
+                body = body if model == asked else _with_model(body, model)
                 ref = secrets.token_hex(8)
                 call = Call(client=grant.client, ref=ref, model=model, path=path, body=body, light=light)
                 await exchange.run(call, receive, send)
@@ -189,6 +195,13 @@ class HttpApi:
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(PAGE)
         return PlainTextResponse("Ollama is running")
+
+    def _openai_model(self, hosts: Any, allowed: catalogue.Allowed, request: Request) -> Any:
+        name = full_name(request.path_params["model"])
+        model = catalogue.find(hosts, self._services.model(name)) if allowed(name) else None
+        if model is None:
+            raise FabricError(Code.MODEL_NOT_FOUND, f"model '{short_name(name)}' not found")
+        return catalogue.openai_model(short_name(name), model)
 
     async def _version(self, request: Request) -> Response:
         # Clients ask before they have a key; the number tells nothing that the answers' form does not.
@@ -237,14 +250,6 @@ class _Refusal(Response):
         await refuse(send, self._dialect, self._error)
 
 
-def _openai_model(hosts: Any, allowed: catalogue.Allowed, request: Request) -> Any:
-    name = full_name(request.path_params["model"])
-    model = catalogue.find(hosts, name) if allowed(name) else None
-    if model is None:
-        raise FabricError(Code.MODEL_NOT_FOUND, f"model '{short_name(name)}' not found")
-    return catalogue.openai_model(short_name(name), model)
-
-
 def _model_of(body: bytes) -> str:
     """The full name of the model a request is for.
 
@@ -261,6 +266,12 @@ def _model_of(body: bytes) -> str:
     if len(model) > MODEL_CHARS_MAX:
         raise FabricError(Code.INVALID_MESSAGE, f"the name of a model has at most {MODEL_CHARS_MAX} characters")
     return full_name(model)
+
+
+def _with_model(body: bytes, model: str) -> bytes:
+    """The same request for another model."""
+    fields = {name: value for name, value in _fields.decode(body).items() if name != "name"}
+    return _json(fields | {"model": short_name(model)})
 
 
 def _header(scope: AsgiScope, name: bytes) -> str | None:

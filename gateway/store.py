@@ -37,10 +37,13 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError, SQLAlchemyError
 
 from common.errors import ProcessError, UsageError
+from common.protocol import full_name, short_name
 
 FILE_NAME = "weftline.db"
 BUSY_S = 10.0
 AUDIT_MAX = 100_000
+ALIASES_MAX = 1_000
+MODEL_CHARS_MAX = 512
 OUTCOME_CHARS_MAX = 2_000
 
 TOKENS_MAX: Final = 100
@@ -91,6 +94,10 @@ class TokenLimitError(StoreError):
 
 class UnknownTokenError(StoreError):
     """There is no token of that id."""
+
+
+class AliasError(UsageError):
+    """That can't be done with a name that stands for a model."""
 
 
 class ClientIdError(UsageError):
@@ -171,6 +178,15 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """A name that stands for a model, both with their tags. `previous` is what it stood for before, if anything."""
+
+    name: str
+    target: str
+    previous: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Audit:
     """An operation on models: who had what done to which model on which hosts, when it ended and how."""
 
@@ -245,6 +261,13 @@ _AUDIT = sa.Table(
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("hosts", _Words, nullable=False),
     sa.Column("outcome", sa.Text, nullable=False),
+)
+_ALIASES = sa.Table(
+    "aliases",
+    _TABLES,
+    sa.Column("name", sa.String(512), primary_key=True),
+    sa.Column("target", sa.String(512), nullable=False),
+    sa.Column("previous", sa.String(512)),
 )
 _CHANGES = sa.Table("changes", _TABLES, sa.Column("number", sa.BigInteger, nullable=False))
 
@@ -483,6 +506,68 @@ class Store:
         with self._told("read"), self._engine.connect() as connection:
             rows = connection.execute(sa.select(_AUDIT).order_by(_AUDIT.c.id.desc()).limit(count))
             return [Audit(*row[1:]) for row in rows]
+
+    def set_alias(self, name: str, target: str) -> Alias:
+        """From now on `name` stands for the model `target`; what it stood for before is kept for `roll_back_alias`.
+
+        Raises:
+            AliasError: a name is empty or too long, the target is an alias itself, the name is one's target, or there
+                are ALIASES_MAX.
+            StoreError: the database failed.
+        """
+        name, target = full_name(name), full_name(target)
+        if not all(len(short_name(part)) > 0 and len(part) <= MODEL_CHARS_MAX for part in (name, target)):
+            raise AliasError(f"a model's name has 1 to {MODEL_CHARS_MAX} characters.")
+        with self._told("write to"), self._writing.begin() as connection:
+            known = {row.name: row for row in connection.execute(sa.select(_ALIASES))}
+            if target in known or name == target:
+                raise AliasError(f"{short_name(target)!r} is an alias itself; name the model it stands for.")
+            if any(row.target == name for row in known.values()):
+                raise AliasError(f"{short_name(name)!r} is what another alias stands for.")
+            if name not in known and len(known) >= ALIASES_MAX:
+                raise AliasError(f"there are {ALIASES_MAX} aliases already.")
+            previous = known[name].target if name in known else None
+            if previous == target:
+                return Alias(name, target, known[name].previous)
+            connection.execute(sa.delete(_ALIASES).where(_ALIASES.c.name == name))
+            connection.execute(sa.insert(_ALIASES).values(name=name, target=target, previous=previous))
+        return Alias(name, target, previous)
+
+    def roll_back_alias(self, name: str) -> Alias:
+        """`name` stands for what it stood for before; again, and it is back.
+
+        Raises:
+            AliasError: it is none, or stood for nothing before.
+            StoreError: the database failed.
+        """
+        name = full_name(name)
+        with self._told("write to"), self._writing.begin() as connection:
+            row = connection.execute(sa.select(_ALIASES).where(_ALIASES.c.name == name)).one_or_none()
+            if row is None or row.previous is None:
+                raise AliasError(f"{short_name(name)!r} has stood for nothing else.")
+            swap = sa.update(_ALIASES).where(_ALIASES.c.name == name)
+            connection.execute(swap.values(target=row.previous, previous=row.target))
+        return Alias(name, row.previous, row.target)
+
+    def delete_alias(self, name: str) -> None:
+        """`name` stands for itself again.
+
+        Raises:
+            AliasError: it is none.
+            StoreError: the database failed.
+        """
+        with self._told("write to"), self._writing.begin() as connection:
+            if not connection.execute(sa.delete(_ALIASES).where(_ALIASES.c.name == full_name(name))).rowcount:
+                raise AliasError(f"{short_name(name)!r} is no alias.")
+
+    def aliases(self) -> Sequence[Alias]:
+        """All aliases, by name.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        with self._told("read"), self._engine.connect() as connection:
+            return [Alias(*row) for row in connection.execute(sa.select(_ALIASES).order_by(_ALIASES.c.name))]
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[sa.Connection, int]]:

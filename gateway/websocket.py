@@ -20,18 +20,19 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 from zlib import crc32
 
 import msgspec
+from msgspec.structs import replace
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from common import history
 from common.errors import Code, FabricError, ProcessError
 from common.logs import Log
-from common.protocol import End, Failed, Submit, short_name
+from common.protocol import End, Failed, Submit, full_name, short_name
 from gateway import messages
 from gateway.auth import Authenticator
 from gateway.messages import NOTHING, BadMessage, Codec
@@ -61,6 +62,18 @@ class Services:
     upstream: Upstream
     authenticator: Authenticator
     metrics: Metrics
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Names that stand for models, and these; full names. It changes while the gateway runs."""
+
+    def models(self) -> tuple[str, ...]:
+        """What can be asked, as clients know it: models, and the names that stand for some."""
+        models = self.upstream.fleet.models
+        return models + tuple(short_name(alias) for alias, model in self.aliases.items() if short_name(model) in models)
+
+    def model(self, name: str) -> str:
+        """The full name of the model that is meant by a name."""
+        full = full_name(name)
+        return self.aliases.get(full, full)
 
 
 class Bucket:
@@ -276,7 +289,7 @@ class Connection:
             case messages.Stop():
                 self._stop(message)
             case messages.Models():
-                self.say(messages.ModelsResult, models=self._services.upstream.fleet.models)
+                self.say(messages.ModelsResult, models=self._services.models())
             case messages.Ping():
                 self.say(messages.Pong)
             case messages.Resume():
@@ -304,12 +317,13 @@ class Connection:
             return
         stream = ClientStream(self, job.id)
         try:
-            path, body = messages.ollama_call(job)
+            model = self._services.model(job.model)
+            path, body = messages.ollama_call(job if model == full_name(job.model) else replace(job, model=model))
             stream.bind(
                 self._services.upstream.submit(
                     client=self._client,
                     ref=job.id,
-                    model=job.model,
+                    model=model,
                     path=path,
                     body=body,
                     sink=stream.hear,

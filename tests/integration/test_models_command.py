@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cli.main import main
@@ -108,3 +109,59 @@ def test_what_goes_wrong(arguments: list[str], status: int, words: str, capsys: 
 def test_without_a_registry_a_key_is_needed(tmp_path: Path, capsys: Capture) -> None:
     assert main(["models", "rm", "m", "--data-dir", str(tmp_path)]) == 2
     assert "Give a key with --token" in capsys.readouterr().err
+
+
+def test_a_name_stands_for_a_model_and_is_switched_and_switched_back(fabric: Fabric, capsys: Capture) -> None:
+    def answers(model: str) -> bool:
+        return main(["chat", "--model", "prod", "--option", "num_predict=3", "hello"]) == 0 and listed(model)
+
+    def listed(model: str) -> bool:
+        tags = httpx.get(f"{fabric.http_url}/k/{key}/api/tags", trust_env=False).json()["models"]
+        return [tag["alias"] for tag in tags if tag["name"] == "prod:latest"] == [f"{model}:latest"]
+
+    with contextlib.closing(Store.open(fabric.folder)) as store:
+        _, key = store.add_token("reader")
+    assert main(["models", "alias", "prod", "llama2"]) == 0
+    assert capsys.readouterr().out == "prod stands for llama2 now; gateways follow within 2 s.\n"
+    fabric.until(lambda: answers("llama2"), "it answers")
+    main(["models"])
+    assert "prod" in capsys.readouterr().out.splitlines()
+    assert main(["models", "alias", "prod", "simulated"]) == 0
+    fabric.until(lambda: answers("simulated"), "the other answers")
+    assert main(["models", "alias", "prod", "--back"]) == 0
+    fabric.until(lambda: answers("llama2"), "the first answers again")
+    capsys.readouterr()
+    assert main(["models", "alias", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"name": "prod:latest", "model": "llama2:latest", "previous": "simulated:latest"}
+    ]
+    assert main(["models", "alias"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["prod", "llama2", "simulated"]
+    for path, body in {
+        "/api/show": {"name": "prod"},
+        "/api/generate": {"model": "prod", "prompt": "p", "options": {"num_predict": 2}},
+        "/v1/chat/completions": {"model": "prod", "messages": [{"role": "user", "content": "p"}], "max_tokens": 2},
+    }.items():
+        assert httpx.post(f"{fabric.http_url}/k/{key}{path}", json=body, trust_env=False).status_code == 200
+    one = httpx.get(f"{fabric.http_url}/k/{key}/v1/models/prod", trust_env=False)
+    assert one.json()["id"] == "prod"
+    assert main(["models", "alias", "prod", "--delete"]) == 0
+    fabric.until(lambda: not listed("llama2"), "it is gone")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a"], "say which MODEL"),
+        (["a", "b", "--back"], "take one NAME"),
+        (["a", "--back", "--delete"], "take one NAME"),
+        (["--back"], "take one NAME"),
+        (["a", "--back"], "'a' has stood for nothing else"),
+        (["a", "--delete"], "'a' is no alias"),
+        (["a", "a:latest"], "is an alias itself"),
+        (["", "m"], "1 to 512 characters"),
+    ],
+)
+def test_what_cannot_be_an_alias(arguments: list[str], words: str, capsys: Capture) -> None:
+    assert main(["models", "alias", *arguments]) == 2
+    assert words in capsys.readouterr().err

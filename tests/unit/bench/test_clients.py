@@ -21,7 +21,7 @@ Script = Callable[[ServerConnection, dict[str, Any]], Awaitable[None]]
 
 
 def target(*, engine_url: str = "", gateway_url: str = "", key: Path = Path()) -> Fabric:
-    return Fabric(engine_url, gateway_url, key, {})
+    return Fabric(engine_url, gateway_url, key, "", {})
 
 
 @pytest.fixture
@@ -76,6 +76,56 @@ async def test_direct_clients_say_what_the_engine_refused(opened: Any) -> None:
     ):
         with pytest.raises(BenchError, match=r"404.*not found"):
             await generate(1)
+
+
+async def test_openai_events_bring_the_same_tokens() -> None:
+    async with (
+        running(SimulatedBackend(Settings(slots=4))) as url,
+        clients.over_http(url, 2, clients.OPENAI, "a key") as generate,
+    ):
+        for _ in range(2):
+            answers = await asyncio.gather(generate(1), generate(300))
+            assert ["".join(a.tokens) for a in answers] == [transcript(clients.PROMPT, 0, n) for n in (1, 300)]
+            assert [len(a.tokens) for a in answers] == [len(a.came_s) for a in answers] == [1, 300]
+
+
+def test_events_are_taken_wherever_they_are_cut() -> None:
+    body = b"".join(
+        b"data: %s\n\n" % json.dumps({"choices": choices}).encode()
+        for choices in (
+            [{"delta": {"role": "assistant", "content": " a"}}],
+            [{"delta": {"content": " b"}}],
+            [{"delta": {"content": ""}, "finish_reason": "length"}],
+            [],
+        )
+    )
+    for cut in range(len(body)):
+        answer = clients.Answer(0.0)
+        rest = clients.OPENAI.take(answer, body[:cut])
+        assert clients.OPENAI.take(answer, rest + body[cut:] + b"data: [DONE]\n\n") == b""
+        assert answer.tokens == [" a", " b"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        (b'HTTP/1.1 503 Busy\r\ncontent-length: 13\r\n\r\n{"a": 1}\n{"b"', r"503 was answered.*\"a\": 1"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n<html>\n\n", r"cannot be read"),
+        (b"SSH-2.0\r\n\r\n", r"cannot be read"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n", r"closed the connection"),
+    ],
+)
+async def test_anything_else_over_http_is_an_error(reply: bytes, text: str) -> None:
+    async def serve_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}}")
+        writer.write(reply)
+        writer.close()
+
+    async with await asyncio.start_server(serve_once, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with clients.over_http(url, 1) as generate:
+            with pytest.raises(BenchError, match=text):
+                await generate(1)
 
 
 async def test_websocket_frames_of_all_sizes_and_pings(key: Path) -> None:

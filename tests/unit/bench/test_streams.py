@@ -53,7 +53,7 @@ async def test_wrong_tokens_end_the_run() -> None:
         return Answer(perf_counter(), [perf_counter()], [" wrong"])
 
     with pytest.raises(BenchError, match="other tokens than the engine's"):
-        await run(a_load(1), generate, Idle("", "", Path(), {}))
+        await run(a_load(1), generate, Idle("", "", Path(), "", {}))
 
 
 async def test_right_tokens_are_counted() -> None:
@@ -63,7 +63,7 @@ async def test_right_tokens_are_counted() -> None:
         answer.came_s, answer.tokens = [perf_counter()] * count, [transcript(PROMPT, 0, count)]
         return answer
 
-    found = await run(a_load(1), generate, Idle("", "", Path(), {}))
+    found = await run(a_load(1), generate, Idle("", "", Path(), "", {}))
     # An answer on either edge of the window may be in it with its tokens or its first token only.
     assert found.tokens > 0
     assert abs(found.tokens - 5 * len(found.first_ms)) <= 5
@@ -77,7 +77,7 @@ async def test_a_part_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_it_without_figures_and_without_fuss(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    with started("bench.streams", "--quick", "--json", str(figures)) as bench:
+    with started("bench", "streams", "--quick", "--json", str(figures)) as bench:
         bench.find("round 1 of")
         bench.signal(signal.SIGINT)
         assert bench.wait() == 1

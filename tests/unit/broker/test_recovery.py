@@ -365,6 +365,44 @@ def test_a_higher_claim_takes_the_place_of_what_has_not_begun(fresh: Harness, he
     assert fresh.core._client_waiting == {}
 
 
+@pytest.mark.parametrize("ordinal", [1, 2])
+def test_between_our_attempt_and_another_brokers_the_gateway_decides(h: Harness, ordinal: int) -> None:
+    """We were frozen, and woke to a submission of long ago; meanwhile it ran with another broker."""
+    theirs = attempt_of(ordinal, FORMER)
+    ours = running(h, events=1)
+    h.sent(b"w1")
+    h.worker("w2", claims=[claim_of(R1, theirs, 5, ended=True)])
+    assert h.told(Cancel, b"w2") == [], "it may have the only copy"
+    resubmit(h, attempt=theirs, next_seq=3)
+    assert [m.attempt for m in h.told(Cancel, b"w1")] == [ours.attempt]
+    assert (worker_of(h), phase(h), h.request(R1).attempt) == ("w2", Phase.STREAMING, theirs)
+    assert h.told(Cancel, b"w2") == []
+    assert h.core._window.disputed == {}
+
+
+def test_a_gateway_that_followed_us_has_the_others_cancelled(h: Harness) -> None:
+    ours = running(h, events=1)
+    h.worker("w2", claims=[claim_of(R1, FIRST, 5)])
+    resubmit(h, attempt=ours.attempt, next_seq=1)
+    assert [m.attempt for m in h.told(Cancel, b"w2")] == [FIRST]
+    assert (worker_of(h), h.request(R1).attempt) == ("w1", ours.attempt)
+
+
+def test_a_claim_whose_worker_is_gone_is_decided_for_nobody(h: Harness) -> None:
+    running(h, events=1)
+    h.worker("w2", claims=[claim_of(R1, FIRST, 5)])
+    h.bye(b"w2")
+    resubmit(h, attempt=FIRST, next_seq=3)
+    assert phase(h) is Phase.RECOVERING
+
+
+def test_claims_that_wait_have_a_bound(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "DISPUTED_MAX", 0)
+    running(h, events=1)
+    h.worker("w2", claims=[claim_of(R1, FIRST, 5)])
+    assert [m.attempt for m in h.told(Cancel, b"w2")] == [FIRST]
+
+
 def test_a_gateway_that_followed_another_broker_knows_better(h: Harness) -> None:
     assign = running(h, events=0)
     resubmit(h, attempt=SECOND, next_seq=5)

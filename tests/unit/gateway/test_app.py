@@ -21,7 +21,7 @@ from gateway.app import Gateway
 from gateway.auth import Authenticator, load_public_key
 from gateway.keyring import Keyring
 from gateway.settings import GatewaySettings
-from gateway.store import Client, Store, Token
+from gateway.store import Alias, Client, Store, Token
 from tests.fabric import Fabric
 
 GOOD = "https://chat.example.org"
@@ -31,7 +31,9 @@ WAIT_S = 10.0
 def a_gateway(authenticator: Authenticator | None = None, **settings: Any) -> Gateway:
     """With nobody behind it."""
     upstream = SimpleNamespace(revoke=lambda client_ids: None)
-    services = SimpleNamespace(settings=GatewaySettings(**settings), authenticator=authenticator, upstream=upstream)
+    services = SimpleNamespace(
+        settings=GatewaySettings(**settings), authenticator=authenticator, upstream=upstream, aliases={}
+    )
     return Gateway(cast("Any", services), Keyring(lambda digest: None), cast("Any", None))
 
 
@@ -117,6 +119,9 @@ class Watched:
             self._seen = change  # it asks for what came after: all before was acted upon
             self._grown.notify_all()
         return self._store.changed_since(change)
+
+    def aliases(self) -> Sequence[Alias]:
+        return self._store.aliases()
 
     def wait_until_seen(self, change: int) -> None:
         with self._grown:

@@ -24,6 +24,8 @@ from gateway import store as module
 from gateway.store import (
     FILE_NAME,
     TOKENS_MAX,
+    Alias,
+    AliasError,
     Client,
     ClientIdError,
     DuplicateClientError,
@@ -620,3 +622,44 @@ def test_a_database_without_a_driver_is_refused_and_keeps_its_secret(url: str) -
     with pytest.raises(StoreError, match="cannot use the database") as raised:
         Store.open(url)
     assert "secret" not in str(raised.value)
+
+
+# Names that stand for models ------------------------------------------------------------------------------------------
+
+
+def test_aliases_do_not_chain(store: Store) -> None:
+    store.set_alias("prod", "llama3:8b")
+    with pytest.raises(AliasError, match="is an alias itself"):
+        store.set_alias("live", "prod:latest")
+    with pytest.raises(AliasError, match="what another alias stands for"):
+        store.set_alias("llama3:8b", "llama2")
+    assert store.aliases() == [Alias("prod:latest", "llama3:8b", None)]
+
+
+def test_an_alias_goes_back_and_forth(store: Store) -> None:
+    store.set_alias("prod", "one")
+    assert store.set_alias("prod", "one").previous is None, "it stood for that already"
+    assert store.set_alias("prod", "two") == Alias("prod:latest", "two:latest", "one:latest")
+    assert store.roll_back_alias("prod") == Alias("prod:latest", "one:latest", "two:latest")
+    assert store.roll_back_alias("prod") == store.aliases()[0] == Alias("prod:latest", "two:latest", "one:latest")
+
+
+def test_aliases_have_a_bound(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ALIASES_MAX", 2)
+    store.set_alias("a", "m")
+    store.set_alias("b", "m")
+    with pytest.raises(AliasError, match="2 aliases"):
+        store.set_alias("c", "m")
+    store.set_alias("a", "n")
+
+
+def test_the_audit_keeps_the_newest(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AUDIT_MAX", 2)
+    for number in range(4):
+        store.write_audit(
+            client_id="ops", token_id="t", action="pull", model=f"m{number}", hosts=["a", "b"], outcome="x" * 9_999
+        )
+    newest, other = store.audit()
+    assert (newest.model, other.model) == ("m3", "m2")
+    assert (newest.hosts, len(newest.outcome)) == (("a", "b"), module.OUTCOME_CHARS_MAX)
+    assert [entry.model for entry in store.audit(1)] == ["m3"]
