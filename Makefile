@@ -4,14 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
-GUIDES := tests/conformance/guides
+NODE   := tests/conformance/guides tests/conformance/clients
 
 .PHONY: up test faults simulation check lint types imports bench lock format clean
 
 up: $(VENV)/.run
 	@$(BIN)/weftline up $(ARGS)
 
-test: $(VENV)/.dev $(GUIDES)/node_modules
+test: $(VENV)/.dev $(NODE:=/node_modules)
 	@$(BIN)/pytest -m "not faults or quick" --cov --cov-report=term:skip-covered $(ARGS)
 
 # All fault tests, about a quarter of an hour; as root those with bad networks too.
@@ -56,9 +56,9 @@ $(VENV)/.dev: deploy/lock/dev.lock deploy/lock/engine.lock $(VENV)/.run
 	@$(PIP) install --quiet --require-hashes --no-deps -r deploy/lock/engine.lock
 	@touch $@
 
-# The Node guide's client runs with the pinned `ws`; without npm its tests say why they are skipped.
-$(GUIDES)/node_modules: $(GUIDES)/package-lock.json
-	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix $(GUIDES) && touch $@; fi
+# The clients for Node.js run as they are pinned; without npm their tests say why they are skipped.
+$(NODE:=/node_modules): %/node_modules: %/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix $* && touch $@; fi
 
 # Re-resolve the locks. Needs uv; no index address is written down.
 UV_COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --no-emit-package weftline-client

@@ -151,6 +151,7 @@ class BrokerCore:
             Attach: self._on_attach,
             Replay: self._on_replay,
             Ack: self._on_ack,
+            Started: self._on_handed_over,
             Beat: self._nothing,
             Error: self._on_gateway_error,
             Bye: self._on_gateway_bye,
@@ -316,7 +317,10 @@ class BrokerCore:
             gateway.seen = now
             if not gateway.reachable and not isinstance(message, Bye):
                 self._send(Side.GATEWAY, event.peer, Who())
-            self._from_gateway[type(message)](gateway, message, event.payload, now)
+            if isinstance(message, Chunk):
+                self._on_handed_chunk(gateway, message, event.frame)
+            else:
+                self._from_gateway[type(message)](gateway, message, event.payload, now)
         elif not isinstance(message, Bye):
             self._send(Side.GATEWAY, event.peer, Who())
 
@@ -431,6 +435,25 @@ class BrokerCore:
     def _refuse_duplicate(self, gateway: Gateway, submit: Submit, text: str) -> None:
         taken = Failed(rid=submit.rid, attempt=submit.attempt, code=Code.DUPLICATE_ID, message=text)
         self._send(Side.GATEWAY, gateway.peer, taken)
+
+    def _on_handed_over(self, gateway: Gateway, message: Started, payload: bytes, _: float) -> None:
+        """What the gateway that had the request before knows of it: its body."""
+        heir = self._heir(gateway, message)
+        if heir is not None:
+            self._send(Side.GATEWAY, heir.peer, message, payload)
+
+    def _on_handed_chunk(self, gateway: Gateway, message: Chunk, frame: bytes) -> None:
+        """And its events. Like a worker's they may be dropped on the way."""
+        heir = self._heir(gateway, message)
+        if heir is not None:
+            self._out.append(Forward(heir.peer, message.rid, frame))
+
+    def _heir(self, gateway: Gateway, message: Started | Chunk) -> Gateway | None:
+        """The gateway that has the request now, if it is another."""
+        request = self.state.requests.get(message.rid)
+        if request is None or request.gateway is gateway or message.attempt != request.attempt:
+            return None
+        return request.gateway
 
     def _take_from(self, request: Request, gateway: Gateway) -> None:
         """The request is this gateway's; another that had it hears so."""

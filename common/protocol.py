@@ -365,7 +365,10 @@ class Attached(Message, frozen=True):
 
 
 class Detached(Message, frozen=True):
-    """The request is another gateway's now."""
+    """The request is another gateway's now.
+
+    Answered by what this one has of it, a `started` with the body and `chunk`s from 0, which go on to the other.
+    """
 
     rid: bytes
 
@@ -526,7 +529,23 @@ class Error(Message, frozen=True):
     message: Text
 
 
-FromGateway = Hello | Submit | Cancel | Detach | Attach | Replay | Ack | Query | Admin | Beat | Probe | Bye | Error
+FromGateway = (
+    Hello
+    | Submit
+    | Cancel
+    | Detach
+    | Attach
+    | Replay
+    | Ack
+    | Started
+    | Chunk
+    | Query
+    | Admin
+    | Beat
+    | Probe
+    | Bye
+    | Error
+)
 ToGateway = (
     Who
     | Accepted

@@ -28,6 +28,10 @@ class Catalogue:
         self._asked_at = float("-inf")
         self._asking = asyncio.Lock()
 
+    def forget(self) -> None:
+        """Ask anew the next time: something was done to models."""
+        self._asked_at = float("-inf")
+
     async def hosts(self) -> tuple[Host, ...]:
         """All hosts, by name.
 

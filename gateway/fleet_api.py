@@ -160,6 +160,7 @@ class FleetApi:
                     await _send_lines(send, lines, started=started)
                     started = True
             running.result()
+            self._api.models_changed()
             last = operation.progress.last(detail=detail)
             outcome = str(last.get("error", "success"))
             await self._write_down(action, job, grant, outcome)  # first: what is told as done is written down

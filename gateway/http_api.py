@@ -125,6 +125,10 @@ class HttpApi:
         yield self._list("/v1/models/{model:path}", self._openai_model, OPENAI)
         yield Route("/api/version", self._version, methods=["GET"])
 
+    def models_changed(self) -> None:
+        """Something was done to the models of hosts."""
+        self._catalogue.forget()
+
     async def hosts(self) -> tuple[Host, ...]:
         """All hosts, as they were a moment ago.
 
@@ -141,9 +145,8 @@ class HttpApi:
         """
         token = _token(scope)
         if self._services.settings.anonymous and _is_local(scope) and token_digest(token) is None:
-            grant = (
-                ANONYMOUS  # also with what cannot be a key: OpenAI's libraries insist on one, and people write `ollama`
-            )
+            # Also with what cannot be a key: OpenAI's libraries insist on one, and people write `ollama`.
+            grant = ANONYMOUS
         elif token:
             try:
                 grant = await self._keyring.grant(token)

@@ -215,7 +215,8 @@ class Link:
                 if entry is None:
                     self._on_foreign(message, rid)
                 elif isinstance(message, Detached):
-                    self._let_go(rid)
+                    for handed, body in self._let_go(rid):
+                        self._tell(handed, body)
                 else:
                     self._carry_out(entry[0], entry[0].handle(message, payload, now))
 
@@ -297,21 +298,25 @@ class Link:
             attachment.answered(None, None)
         elif attachment.waits():
             # Only now it changes hands: a client that has gone on to another gateway must not lose it there.
-            if submit.rid in self._streams:
-                self._let_go(submit.rid)
+            handed = self._let_go(submit.rid) if submit.rid in self._streams else []
             body, events = payload[: submit.body_bytes], payload[submit.body_bytes :]
             stream = Stream(submit, body, now, histories=self._histories, wanted=attachment.wanted, events=events)
             self._streams[submit.rid] = stream, attachment.sink
             self._carry_out(stream, stream.submission(now))
             attachment.answered(stream, None)
             self._carry_out(stream, stream.seed())
+            for known, known_payload in handed:
+                if submit.rid in self._streams:
+                    self._carry_out(stream, stream.handle(known, known_payload, now))
 
-    def _let_go(self, rid: bytes) -> None:
-        """The stream goes on elsewhere."""
+    def _let_go(self, rid: bytes) -> list[tuple[Message, bytes]]:
+        """The stream goes on elsewhere; what is handed over to it."""
         stream, sink = self._streams.pop(rid)
         self._due.pop(rid, None)
+        handed = stream.hand_over()
         stream.forget_history()
         sink(Moved())
+        return handed
 
     def _on_foreign(self, message: Message, rid: bytes) -> None:
         """Of a request that is over here."""

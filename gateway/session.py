@@ -34,6 +34,7 @@ from common.ollama import NDJSON, LastLine, last_line
 from common.protocol import (
     ATTEMPTS_MAX,
     BODY_BYTES_MAX,
+    CHUNK_BYTES_MAX,
     COUNT_MAX,
     Accepted,
     Ack,
@@ -280,6 +281,28 @@ class Stream:
             if self._replays_fruitless >= REPLAYS_FRUITLESS_MAX:
                 return self._on_fruitless(now)
         return self._ask_replay(now)
+
+    def hand_over(self) -> list[tuple[Message, bytes]]:
+        """What it has, for the stream that takes its place at another gateway or here.
+
+        That one asks the worker too; but a worker may die before it has answered, and then only this can be continued.
+        """
+        rid, attempt = self.submit.rid, self.attempt
+        if self._lost or self._history is None or not self.next_seq:
+            return []
+        handed: list[tuple[Message, bytes]] = [
+            (Started(rid=rid, attempt=attempt, status=200, content_type=NDJSON), self.body)
+        ]
+        seq, pieces, size = 0, list[bytes](), 0
+        for index, piece in enumerate(self._history, 1):
+            pieces.append(piece)
+            size += len(piece)
+            if size >= CHUNK_BYTES_MAX or index == len(self._history):
+                payload = b"".join(pieces)
+                n = payload.count(b"\n")
+                handed.append((Chunk(rid=rid, attempt=attempt, seq=seq, n=n), payload))
+                seq, pieces, size = seq + n, [], 0
+        return handed if seq == self.next_seq else []  # else it is no stream of lines
 
     def _on_leased(self, leased: Leased, now: float) -> None:
         """Also after every break, for the attempt that is known."""

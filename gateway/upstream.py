@@ -10,7 +10,7 @@ from typing import Final
 from common import protocol
 from common.errors import Code, FabricError, ProtocolError
 from common.logs import Log
-from common.protocol import BODY_BYTES_MAX, Beat, Bye, Error, Message, Probe, Query, Snapshot, Submit
+from common.protocol import BODY_BYTES_MAX, Beat, Bye, Chunk, Error, Message, Probe, Query, Snapshot, Submit
 from common.transport import Sent, Socket
 from gateway.link import Attachment, Link, Sink
 from gateway.session import Stream
@@ -265,6 +265,8 @@ class Upstream:
         if type(message) is Beat or type(message) is Probe:
             self._sockets[broker].offer(protocol.encode(message))  # one that is not there now needs none later
             return
-        # A message the socket refuses is lost with the line: streams are submitted again when a broker answers.
-        if self._sockets[broker].send(protocol.encode(message, payload)) is Sent.GONE and broker == self._link.broker:
+        # A message the socket refuses is lost with the line: streams are submitted again when a broker answers. What is
+        # handed over the worker has too.
+        sent = self._sockets[broker].send(protocol.encode(message, payload), droppable=type(message) is Chunk)
+        if sent is Sent.GONE and broker == self._link.broker:
             self._link.lost()

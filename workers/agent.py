@@ -281,8 +281,6 @@ class _Agent:
 
     def _carried(self, lease: Lease, _task: asyncio.Task[None]) -> None:
         del self._tasks[lease]
-        if lease.digest == protocol.OPERATION:
-            self._backends[lease.engine].poll_soon()  # its models are others now
         log.debug("lease ended", rid=lease.rid, attempt=lease.attempt, state=lease.state.name, events=lease.top)
 
     def _keep_in_mind(self, drained: bool) -> None:
@@ -306,6 +304,9 @@ class _Agent:
             else:
                 await backend.http.request(lease.method, lease.path, body, answer)
             if answer.ok:
+                if lease.digest == protocol.OPERATION:
+                    await backend.poll()  # first: who hears that it has ended may ask for the model at once
+                    self.engines_changed()
                 session.eof(lease, self._now())
             elif prior and answer.status < 500:
                 session.cannot_continue(lease, f"the engine answered {answer.status}", self._now())

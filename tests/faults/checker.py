@@ -139,6 +139,7 @@ class Checker:
         self._gateways: defaultdict[str, set[str]] = defaultdict(set)
         self._rids: defaultdict[str, set[str]] = defaultdict(set)
         self._deaths: list[tuple[float, str]] = []
+        self._stalls: list[tuple[float, str, float]] = []
         self._late: set[tuple[str, int]] = set()
 
     def check(self, folder: Path) -> Report:
@@ -182,6 +183,8 @@ class Checker:
                 self.report.faults[f"{line['kind']} {_kind(line['part'])}"] += 1
                 if line["kind"] in DEATHS:
                     self._deaths.append((line["t"], line["part"]))
+                elif line["kind"] == "stall":
+                    self._stalls.append((line["t"], line["part"], line["s"]))
 
     def _on_token(self, line: dict[str, Any]) -> None:
         report, ref, seq = self.report, line["ref"], line["seq"]
@@ -283,14 +286,27 @@ class Checker:
             report.made_again += sum(len(made.hashes) for made in attempts.values()) - len(distinct)
 
     def _died_together(self, ref: str, request: _Request) -> bool:
+        """Whether a worker and a gateway of the request died within TOGETHER_S, not counting the time in between in
+        which the worker's line was stalled: nobody could fetch what only it had."""
+
         def deaths(parts: set[str]) -> list[float]:
             begin = request.sent_at - TOGETHER_S
             return [t for t, part in self._deaths if part in parts and begin <= t <= request.ended_at]
 
+        def apart(one: float, other: float, worker: str) -> float:
+            first, last = min(one, other), max(one, other)
+            line = f"worker-line-{worker.rpartition('-')[2]}"
+            stalls = [(t, t + span) for t, part, span in self._stalls if part == line]
+            return last - first - sum(max(0.0, min(last, end) - max(first, start)) for start, end in stalls)
+
         rids = self._rids[ref]
-        workers = deaths({worker for rid in rids for worker in self._workers[rid]})
         gateways = deaths({gateway for rid in rids for gateway in self._gateways[rid]})
-        return any(abs(worker - gateway) <= TOGETHER_S for worker in workers for gateway in gateways)
+        return any(
+            apart(died, gateway, worker) <= TOGETHER_S
+            for worker in {worker for rid in rids for worker in self._workers[rid]}
+            for died in deaths({worker})
+            for gateway in gateways
+        )
 
 
 def _kind(part: str) -> str:

@@ -191,6 +191,17 @@ async def test_gateway_and_worker_die_together(clusters: Clusters) -> None:
         assert cluster.check().died_together == 1
 
 
+async def test_a_worker_dies_while_its_client_changes_gateways(clusters: Clusters) -> None:
+    """The broker does not know yet, so the new gateway asks the dead worker; the old one has the text."""
+    async with clusters(workers=2, gateways=2) as cluster, cluster.client(gateways=[1, 2]) as client:
+        request = client.send("p", 300)
+        await request.reached(30)
+        await cluster.kill(f"worker-{await host_of(cluster)}")
+        cluster.front[0].cut()
+        assert await asyncio.wait_for(request.over(), 2 * TERMINAL_S) == "end"
+        assert request.end["migrated"]
+
+
 @pytest.mark.parametrize("kind", ["http_500", "http_503", "truncate", "die_mid"])
 async def test_an_engine_misbehaves_before_the_first_event(clusters: Clusters, kind: str) -> None:
     """4: another attempt is made."""

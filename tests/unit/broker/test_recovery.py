@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from broker import core, recovery
+from broker.events import Forward
 from broker.state import Phase
 from common import protocol
 from common.errors import Code, ProtocolError
@@ -15,6 +16,7 @@ from common.protocol import (
     Assign,
     Attached,
     Cancel,
+    Chunk,
     Detached,
     Drain,
     End,
@@ -28,6 +30,7 @@ from common.protocol import (
     Release,
     Replay,
     Snapshot,
+    Started,
     Stats,
     Submit,
     Superseded,
@@ -1176,3 +1179,28 @@ def test_an_end_of_a_former_attempt_is_stale(h: Harness) -> None:
         h.from_worker(stale)
         assert h.told(Cancel, b"w1") == [Cancel(rid=R1, attempt=assign.attempt, reason="no such lease")]
         assert h.sent(b"g1") == []
+
+
+# Handing over ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_gateway_hands_over_goes_to_the_one_that_has_the_request(h: Harness) -> None:
+    assign = running(h, events=2, grace_ms=60_000)
+    attach(h)
+    h.sent(b"g2")
+    started = Started(rid=R1, attempt=assign.attempt, status=200)
+    chunk = Chunk(rid=R1, attempt=assign.attempt, seq=0, n=2)
+    h.from_gateway(started, b"body", peer=b"g1")
+    assert h.sent(b"g2") == [started]
+    h.from_gateway(chunk, b"{}\n{}\n", peer=b"g1")
+    assert [(effect.peer, effect.rid) for effect in h.effects if isinstance(effect, Forward)] == [(b"g2", R1)]
+
+
+def test_nobody_is_told_what_is_of_another_attempt_or_his_own(h: Harness) -> None:
+    assign = running(h, events=2)
+    for attempt, peer in ((assign.attempt, b"g1"), (SECOND, b"g2")):
+        h.from_gateway(Started(rid=R1, attempt=attempt, status=200), peer=peer)
+        h.from_gateway(Chunk(rid=R1, attempt=attempt, seq=0, n=1), b"{}\n", peer=peer)
+        assert not [effect for effect in h.effects if isinstance(effect, Forward)]
+    h.from_gateway(Chunk(rid=rid_of("none"), attempt=SECOND, seq=0, n=1), b"{}\n")
+    assert h.told(Started) == []

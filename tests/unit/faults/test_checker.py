@@ -258,6 +258,9 @@ def test_what_came_after_a_resume_is_recovered(tmp_path: Path) -> None:
         ([("stop", "gateway-1", 55.0)], 0),
         ([("kill", "gateway-2", 55.0)], 0),
         ([("kill", "worker-2", 55.0)], 0),
+        ([("kill", "gateway-1", 70.0), ("stall", "worker-line-1", 51.0)], 1),
+        ([("kill", "gateway-1", 75.0), ("stall", "worker-line-1", 51.0)], 0),
+        ([("kill", "gateway-1", 70.0), ("stall", "worker-line-2", 51.0)], 0),
     ],
 )
 def test_gateway_and_worker_that_died_together_are_counted_apart(
@@ -266,7 +269,7 @@ def test_gateway_and_worker_that_died_together_are_counted_apart(
     histories = Histories()
     histories.client[histories.at("request", A)]["t"] = 40.0
     histories.client[histories.at("terminal", A)]["kind"] = "WORKER_LOST"
-    histories.faults += [{"event": "fault", "kind": kind, "part": part, "t": t} for kind, part, t in deaths]
+    histories.faults += [{"event": "fault", "kind": kind, "part": part, "t": t, "s": 12.0} for kind, part, t in deaths]
     report = histories.check(tmp_path)
     assert report.ok
     assert (report.broken_off, report.died_together) == (1, together)

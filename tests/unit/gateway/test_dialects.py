@@ -18,6 +18,7 @@ def failed(code: Code, **more: Any) -> Failed:
     ("dialect", "status", "document"),
     [
         (Ollama(), 404, {"error": "text", "code": "NOT_FOUND"}),
+        (Ollama(), 401, {"error": "text", "code": "NOT_FOUND", "status": "text"}),
         (
             OpenAI(),
             400,

@@ -287,7 +287,7 @@ def test_what_was_over_while_it_waited_is_acknowledged() -> None:
     rig.link.lost()
     rig.connect()
     assert rig.end(0, "1") == [Tell(0, Ack(rid=rid_of("1")))]
-    assert rig.hear(Detached(rid=rid_of("2"))) == []
+    rig.hear(Detached(rid=rid_of("2")))
     assert not rig.link.resubmits
     assert rig.link.streams == 1
 
@@ -455,14 +455,44 @@ def test_a_client_comes_back_to_this_gateway_for_a_parked_stream() -> None:
     ((resumed, code),) = client.answers
     assert resumed is not None
     assert (code, resumed.wanted, resumed.submit.attachment) == (None, 2, 1)
+    assert [type(output) for output in client.heard] == [Begins, Events], "they were here"
+    assert resumed.body == BODY
     rig.hear(Leased(rid=rid_of("r"), attempt=A1, worker="w", engine="e"))
-    (replay,) = rig.hear(Gap(rid=rid_of("r"), attempt=A1, top=2))
-    assert replay.message == Replay(rid=rid_of("r"), attempt=A1, start=0)
-    rig.hear(Started(rid=rid_of("r"), attempt=A1, status=200), BODY)
-    rig.chunk(0, 2)
+    assert rig.hear(Gap(rid=rid_of("r"), attempt=A1, top=2)) == []
     rig.end(2)
     assert [type(output) for output in client.heard] == [Begins, Events, Over]
     assert rig.link.streams == 0
+
+
+def test_of_a_stream_that_kept_nothing_the_worker_tells() -> None:
+    rig = Rig()
+    rig.submit(migrate=False)
+    rig.chunk(0, 2)
+    client = rig.attach()
+    rig.link.take()
+    rig.hear(Attached(id=1, submit=back()))
+    assert client.heard == []
+    (replay,) = rig.hear(Gap(rid=rid_of("r"), attempt=A1, top=2))
+    assert replay.message == Replay(rid=rid_of("r"), attempt=A1, start=0)
+
+
+def test_what_goes_to_another_gateway_is_handed_over() -> None:
+    """Its worker may die before it has told the other one."""
+    rig, other = Rig(), Rig()
+    rig.submit()
+    for seq in range(3):
+        rig.chunk(seq)
+    client = other.attach(wanted=1)
+    other.hear(Attached(id=1, submit=back()))
+    handed = rig.hear(Detached(rid=rid_of("r")))
+    assert [type(tell.message) for tell in handed] == [Started, Chunk]
+    for tell in handed:
+        other.hear(tell.message, tell.payload)
+    assert [type(output) for output in client.heard] == [Begins, Events]
+    lost = Failed(rid=rid_of("r"), attempt=A1, code=Code.WORKER_LOST, message="", seq=3, resubmit=True)
+    (again,) = other.hear(lost)
+    assert isinstance(again.message, Submit)
+    assert (again.message.lost, again.message.next_seq, again.payload) == (True, 3, BODY + lines(0, 3))
 
 
 def test_the_one_who_listened_before_hears_that_it_moved() -> None:

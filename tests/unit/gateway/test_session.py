@@ -495,6 +495,33 @@ def test_all_histories_of_a_gateway_have_a_bound_together() -> None:
     assert one.histories.bytes_left == len(lines(0, 5)) < room
 
 
+def test_what_is_handed_over_is_cut_between_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "CHUNK_BYTES_MAX", len(lines(0, 2)))
+    driver, heir = Driver(), Driver(resumed={"wanted": 1}, body=b"", attempt=A1)
+    driver.lease()
+    for seq in range(5):
+        driver.chunk(seq)
+    handed = driver.stream.hand_over()
+    assert [(m.seq, m.n) for m, _ in handed if isinstance(m, Chunk)] == [(0, 2), (2, 2), (4, 1)]
+    for message, payload in handed:
+        heir.hear(message, payload)
+    heir.expect(5)
+    assert heir.stream.body == BODY
+
+
+@pytest.mark.parametrize("why", ["nothing came", "no lines", "not kept", "it waits for another attempt"])
+def test_what_cannot_be_handed_over(why: str) -> None:
+    driver = Driver(migrate=why != "not kept")
+    driver.lease()
+    if why == "no lines":
+        driver.stream.handle(Chunk(rid=RID, attempt=A1, seq=0, n=1), b'{"embeddings":[]}', 1.0)
+    elif why != "nothing came":
+        driver.chunk(0)
+    if why == "it waits for another attempt":
+        driver.fail(1)
+    assert driver.stream.hand_over() == []
+
+
 def test_what_a_continuation_has_already_is_kept_though_there_is_no_room() -> None:
     resumed = {"events": lines(0, 2)}
     driver = Driver(resumed=resumed, attempt=A1, lost=True, next_seq=2, continued=1)

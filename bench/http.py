@@ -1,0 +1,190 @@
+"""The HTTP APIs: the same streams straight at the engine, through other proxies and through the fabric, in one run.
+
+The manner is that of `bench.streams`: the ways take turns in short runs. All have the same client: a kept connection a
+stream, on which a token was fetched before anything counts, so that a proxy's line to the engine is there too.
+"""
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from bench import fabric
+from bench.clients import OLLAMA, OPENAI, Way
+from bench.fabric import BenchError, Fabric
+from bench.figures import Run, others_cores
+from bench.http_figures import HttpFigures, http_aims, http_figures, http_report
+from bench.peers import PEERS, Peer, Running, ensure, free_port
+from bench.streams import RUN_S_MAX, Load, run
+from common.process import process_error
+
+DIRECT: Final = {OLLAMA.path: "direct", OPENAI.path: "direct, /v1"}
+FABRIC: Final = {OLLAMA.path: "fabric", OPENAI.path: "fabric, /v1"}
+BETWEEN: Final = ("gateway", "broker", "worker")
+
+
+def loads(*, quick: bool) -> tuple[list[Load], list[Load], list[Load]]:
+    """What is run, by fabric: paced loads, which measure latency; one that offers more than the aim, line by line; and
+    one at full speed, where the engine writes as many lines at once as are ready.
+    """
+
+    def load(name: str, streams: int, tokens: int, tokens_per_s: float, window_s: float, warm_up_s: float) -> Load:
+        return Load(
+            name=name,
+            streams=streams,
+            tokens=tokens,
+            tokens_per_s=tokens_per_s,
+            window_s=0.5 if quick else window_s,
+            pause_s=0.005 if warm_up_s < 1 else 0.0,
+            warm_up_s=warm_up_s,
+            # A proxy that can't keep up takes seconds for its first streams: those count.
+            firsts_of_warm_up=warm_up_s >= 1,
+        )
+
+    # Alone, a stream is short: many first tokens are needed.
+    several = {50: (30, 2.0)} if quick else {1: (2, 1.0), 16: (15, 1.0), 50: (30, 2.0)}
+    paced = [load(f"{streams} at 50/s", streams, n, 50, window_s, 0.2) for streams, (n, window_s) in several.items()]
+    each = [load("64 at 500/s", 64, 100, 500, 1.0, 1.0)]
+    full = [load("16 at full speed", 16, 200 if quick else 500, 0, 1.0, 1.0)]
+    return paced, each, full
+
+
+@dataclass(slots=True)
+class Peers:
+    """Those that take part, and why the others do not, by name; `versions` of all that are installed."""
+
+    present: list[tuple[Peer, Running]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, name: str, why: BenchError) -> None:
+        """It can't be had or started, or brought what it should not."""
+        self.present = [(peer, running) for peer, running in self.present if peer.name != name]
+        self.missing[name] = str(why)
+        print(f"{name} is left out: {why}", file=sys.stderr, flush=True)
+
+
+async def start_peers(
+    kinds: Sequence[type[Peer]], stack: contextlib.AsyncExitStack, folder: Path, engine_url: str, *, install: bool
+) -> Peers:
+    """Those that can be installed, or are, and start; they end with `stack`. The engine need not be there yet."""
+    peers = Peers()
+    for kind in kinds:
+        peer = kind()
+        try:
+            await ensure(peer, install=install)
+            peers.versions[peer.name] = await peer.version()
+            print(f"starting {peer.name}", file=sys.stderr, flush=True)
+            running = await stack.enter_async_context(peer.running(folder / peer.name, engine_url))
+        except BenchError as error:
+            peers.leave_out(peer.name, error)
+        else:
+            peers.present.append((peer, running))
+    return peers
+
+
+def ways_to(target: Fabric, peers: Peers) -> list[Way]:
+    """All ways to the engine of `target`, API by API: direct, the peers, the fabric."""
+    gateway_url = target.gateway_url.replace("ws://", "http://")
+    found: list[Way] = []
+    for api in (OLLAMA, OPENAI):
+        direct = DIRECT[api.path]
+        found.append(Way(direct, target.engine_url, api))
+        found += [
+            Way(peer.name, running.url, api, running.token, (peer.name,), direct)
+            for peer, running in peers.present
+            if peer.api is api
+        ]
+        found.append(Way(FABRIC[api.path], gateway_url, api, target.token, BETWEEN, direct))
+    return found
+
+
+async def run_way(way: Way, load: Load, target: Fabric) -> Run:
+    """One run of one way. Raises BenchError, also when nothing came in the window."""
+    try:
+        async with asyncio.timeout(2 * RUN_S_MAX), way.opened(load.streams) as generate:
+            async with asyncio.TaskGroup() as first:
+                for _ in range(load.streams):
+                    first.create_task(generate(1))
+            result = await run(load, generate, target)
+    except OSError as error:
+        raise BenchError(f"no answer from {way.name}: {error or 'it takes too long'}") from None
+    except BaseExceptionGroup as group:
+        why = process_error(group)
+        if why is None:
+            raise
+        raise BenchError(str(why)) from None
+    if not (result.first_ms and result.gaps_ms):
+        raise BenchError(f"{way.name} brought nothing within {load.window_s:g} s")
+    return result
+
+
+async def measure(
+    loads: Sequence[Load], rounds: int, folder: Path, peers: Peers, engine_port: int
+) -> tuple[list[HttpFigures], float]:
+    """Run all ways at loads of one speed on one fabric: their figures, and how many cores others kept busy.
+
+    A peer that fails is left out from then on.
+
+    Raises:
+        BenchError: the fabric did not start, or a stream, direct or through it, was not what it should be.
+    """
+    found: list[HttpFigures] = []
+    runs: list[Run] = []
+    slots = max(load.streams for load in loads)
+    async with fabric.running(
+        folder, tokens_per_s=loads[0].tokens_per_s, slots=slots, engine_port=engine_port
+    ) as target:
+        processes = target.processes | {peer.name: running.processes for peer, running in peers.present}
+        target = replace(target, processes=processes)
+        for load in loads:
+            results: list[dict[str, Run]] = []
+            for number in range(1, rounds + 1):
+                print(f"HTTP, {load.name}, round {number} of {rounds}", file=sys.stderr, flush=True)
+                results.append({})
+                for way in ways_to(target, peers):
+                    try:
+                        results[-1][way.name] = await run_way(way, load, target)
+                    except BenchError as error:
+                        if way.name not in peers.versions:
+                            raise
+                        peers.leave_out(way.name, error)
+                    else:
+                        runs.append(results[-1][way.name])
+            found += http_figures(load.name, load.streams, ways_to(target, peers), results)
+    return found, others_cores(runs)
+
+
+async def bench(*, quick: bool) -> dict[str, Any]:
+    """Run everything. The result is for `report`, and for a file. Raises BenchError.
+
+    `others_cores` is how many cores processes that are not ours kept busy, at its highest of the loads.
+    """
+    rounds = 1 if quick else 3
+    groups = loads(quick=quick)
+    engine_port = free_port()  # the same for every fabric, so that peers start once
+    async with contextlib.AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weftline-bench-")))
+        peers = await start_peers(PEERS, stack, folder, f"http://127.0.0.1:{engine_port}", install=not quick)
+        results = [await measure(group, rounds, folder, peers, engine_port) for group in groups]
+    (paced, _), (each, _), (full, _) = results
+    fast = [*each, *full]
+    return {
+        "others_cores": max(others for _, others in results),
+        "rounds": rounds,
+        "loads": [load for group in groups for load in group],
+        "paced": paced,
+        "fast": fast,
+        "versions": peers.versions,
+        "missing": peers.missing,
+        "aims": http_aims(paced, fast, FABRIC[OLLAMA.path]),
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """What `bench` found, for people."""
+    return http_report(result["paced"], result["fast"], result["aims"], result["versions"], result["missing"])
