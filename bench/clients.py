@@ -188,6 +188,11 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         self._gone.set_result(None)
 
+    @property
+    def gone(self) -> bool:
+        """Whether it is closed, or will be at once."""
+        return self._gone.done() or self._transport.is_closing()
+
     async def close(self) -> None:
         self._transport.close()
         await self._gone
@@ -256,15 +261,28 @@ class _HttpConnection(_Connection):
 @contextlib.asynccontextmanager
 async def over_http(url: str, streams: int, api: Api = OLLAMA, token: str = "") -> AsyncIterator[Generate]:
     """A kept connection per stream to `url`, whatever is there; `token` goes with every request."""
-    async with _https(url, streams, api, token) as idle:
+    async with contextlib.AsyncExitStack() as stack:
+        idle = [await _connected(stack, url, api, token) for _ in range(streams)]
 
         async def generate(count: int) -> Answer:
             connection = idle.pop()
+            if connection.gone:  # a server may close what is idle
+                connection = await _connected(stack, url, api, token)
             answer = await connection.generate(count)
             idle.append(connection)
             return answer
 
         yield generate
+
+
+async def _connected(stack: contextlib.AsyncExitStack, url: str, api: Api, token: str) -> _HttpConnection:
+    """A connection that is closed with `stack`."""
+    host, port = _address(url)
+    _, connection = await asyncio.get_running_loop().create_connection(
+        lambda: _HttpConnection(f"{host}:{port}", api, token), host, port
+    )
+    stack.push_async_callback(connection.close)
+    return connection
 
 
 def over_lean_http(fabric: Fabric, streams: int) -> contextlib.AbstractAsyncContextManager[Generate]:
@@ -273,19 +291,10 @@ def over_lean_http(fabric: Fabric, streams: int) -> contextlib.AbstractAsyncCont
 
 
 @contextlib.asynccontextmanager
-async def _https(url: str, count: int, api: Api = OLLAMA, token: str = "") -> AsyncIterator[list[_HttpConnection]]:
-    """So many connections."""
-    host, port = _address(url)
-    loop = asyncio.get_running_loop()
+async def _https(url: str, count: int) -> AsyncIterator[list[_HttpConnection]]:
+    """So many connections to an engine."""
     async with contextlib.AsyncExitStack() as stack:
-        opened: list[_HttpConnection] = []
-        for _ in range(count):
-            _, connection = await loop.create_connection(
-                lambda: _HttpConnection(f"{host}:{port}", api, token), host, port
-            )
-            stack.push_async_callback(connection.close)
-            opened.append(connection)
-        yield opened
+        yield [await _connected(stack, url, OLLAMA, "") for _ in range(count)]
 
 
 # Through the fabric ---------------------------------------------------------------------------------------------------

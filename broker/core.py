@@ -799,16 +799,16 @@ class BrokerCore:
             request = None
         if request is None:
             self._send(Side.WORKER, worker.peer, Cancel(rid=claim.rid, attempt=claim.attempt, reason="no such lease"))
-        elif claim.ended and request.phase in RUNNING:
-            # Its terminal was told to nobody who lives: ask for it.
+        elif (claim.ended or spoken) and request.phase in RUNNING:
+            # Its terminal was told to nobody who lives, or who would listen: ask for it.
             replay = Replay(rid=claim.rid, attempt=claim.attempt, start=claim.top)
             self._send(Side.WORKER, worker.peer, replay)
 
     def _settle(self, rid: bytes, now: float) -> None:
         """The gateway of this request has spoken, or will not: decide on a claim that waited for it."""
-        worker, claim = self._window.disputed.pop(rid, (None, None))
-        if worker is not None and claim is not None and self.state.workers.get(worker.name) is worker:
-            self._on_claim(worker, claim, now, spoken=True)
+        for worker, claim in self._window.disputed.pop(rid, {}).values():
+            if self.state.workers.get(worker.name) is worker:
+                self._on_claim(worker, claim, now, spoken=True)
 
     def _adopt(self, worker: Worker, claim: Claim, now: float) -> Request | None:
         """Take up a lease of which no gateway has spoken yet, for a while; unless a newer request has its id."""
@@ -875,6 +875,8 @@ class BrokerCore:
 
     def _stale(self, peer: bytes, rid: bytes, attempt: int) -> None:
         if peer in self.state.workers_by_peer:
+            if self._window.waits(rid, attempt):
+                return  # its worker has what it says, and is asked for it when it is the one that counts
             self._send(Side.WORKER, peer, Cancel(rid=rid, attempt=attempt, reason="no such lease"))
         else:
             self._send(Side.WORKER, peer, Who())

@@ -39,7 +39,8 @@ class Window:
     def __init__(self, recover_s: float, nonce: int, now: float) -> None:
         self.recover_s = recover_s
         self.tombstones: set[bytes] = set()
-        self.disputed: dict[bytes, tuple[Worker, Claim]] = {}
+        self.disputed: dict[bytes, dict[int, tuple[Worker, Claim]]] = {}
+        """rid → attempt → who claims it."""
         self.attaches: dict[tuple[str, str], tuple[str, int]] = {}
         """(client, ref) → (gateway's name, the id of its question)."""
         self._nonce = nonce
@@ -76,8 +77,12 @@ class Window:
         if not rivals or ordinal_of(claim.attempt) < request.ordinal or len(self.disputed) >= DISPUTED_MAX:
             return False
         self.trace(now)
-        self.disputed[claim.rid] = worker, claim
+        self.disputed.setdefault(claim.rid, {})[claim.attempt] = worker, claim
         return True
+
+    def waits(self, rid: bytes, attempt: int) -> bool:
+        """Whether it is not decided yet what this attempt is."""
+        return attempt in self.disputed.get(rid, ())
 
     def admits(self, claim: Claim, now: float) -> bool:
         """Whether a claim of a request that is unknown may be true."""

@@ -1,5 +1,6 @@
 """What more than one part reads of Ollama's answers: NDJSON, server-sent events (SSE) or one document."""
 
+import contextlib
 from typing import Final
 
 import msgspec
@@ -27,6 +28,12 @@ class Usage(msgspec.Struct):
     completion_tokens: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+
+
+class _Response(msgspec.Struct):
+    """What the last event of /v1/responses wraps."""
+
+    usage: Usage | None = None
 
 
 class LastLine(msgspec.Struct):
@@ -58,11 +65,24 @@ class LastLine(msgspec.Struct):
         )
 
 
+class _Wrapped(msgspec.Struct):
+    response: _Response
+
+
+_wrapped: Final = msgspec.json.Decoder(_Wrapped)
 _decoder: Final = msgspec.json.Decoder(LastLine, strict=False)
 
 
+def document(data: bytes) -> LastLine | None:
+    """A document, which may have lines; None if it cannot be read."""
+    try:
+        return _decoder.decode(data)
+    except UNREADABLE:
+        return None
+
+
 def last_line(data: bytes) -> LastLine | None:
-    """The newest line of a piece of an answer, or the document that it is; None if it cannot be read.
+    """The newest line of a piece of a streamed answer; None if it cannot be read.
 
     Its `done` says whether the answer is complete with it, in all three forms a stream may have.
     """
@@ -77,6 +97,9 @@ def last_line(data: bytes) -> LastLine | None:
         last = _decoder.decode(line)
     except UNREADABLE:
         return None
+    if event and last.type.startswith("response."):
+        with contextlib.suppress(*UNREADABLE):
+            last.usage = _wrapped.decode(line).response.usage
     last.done = last.type in LAST_EVENTS if event else last.done or last.status == SUCCESS
     return last
 

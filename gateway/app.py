@@ -121,6 +121,7 @@ class Gateway:
 
     async def dismiss(self) -> None:
         """Send every client away, and wait a moment for them to go."""
+        self._draining = self._api.draining = True
         self._api.dismiss()
         for connection in list(self._connections):
             connection.dismiss()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -19,14 +20,13 @@ Allowed = Callable[[str], bool]
 
 
 class Catalogue:
-    """Asks the broker, at most once every FRESH_S."""
+    """Asks the broker, at most once every FRESH_S. Who asks meanwhile gets the same answer, or the same error."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
         self._clock = asyncio.get_running_loop().time
-        self._hosts: tuple[Host, ...] = ()
         self._asked_at = float("-inf")
-        self._asking = asyncio.Lock()
+        self._question: asyncio.Task[tuple[Host, ...]] | None = None
 
     def forget(self) -> None:
         """Ask anew the next time: something was done to models."""
@@ -38,12 +38,15 @@ class Catalogue:
         Raises:
             FabricError: NO_WORKERS, no broker answers.
         """
-        async with self._asking:
-            if self._clock() - self._asked_at > FRESH_S:
-                snapshot = await self._upstream.query("hosts")
-                self._hosts = tuple(sorted(snapshot.hosts, key=lambda host: host.name))
-                self._asked_at = self._clock()
-            return self._hosts
+        question = self._question
+        if question is None or (self._clock() - self._asked_at > FRESH_S and question.done()):
+            self._asked_at = self._clock()
+            question = self._question = asyncio.create_task(self._ask())
+        return await asyncio.shield(question)
+
+    async def _ask(self) -> tuple[Host, ...]:
+        snapshot = await self._upstream.query("hosts")
+        return tuple(sorted(snapshot.hosts, key=lambda host: host.name))
 
 
 def tags(hosts: Iterable[Host], allowed: Allowed, aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -167,4 +170,4 @@ def _made_up(name: str, model: Model) -> dict[str, Any]:
 
 
 def _version_key(version: str) -> list[int]:
-    return [int("".join(filter(str.isdigit, part)) or 0) for part in version.split("-")[0].split(".")]
+    return [int(number) for number in re.findall(r"[0-9]{1,9}", version.partition("-")[0])]

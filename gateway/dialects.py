@@ -59,7 +59,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def event(self, status: int, code: Code, text: str) -> bytes:
-        """What ends a stream that cannot go on, after its last whole line."""
+        """What ends a stream that cannot go on, after its last whole line; an event may lack its blank line."""
 
 
 class Ollama(Dialect):
@@ -83,7 +83,7 @@ class OpenAI(Dialect):
         return _encode({"error": {"message": text, "type": kind, "param": None, "code": code.value}})
 
     def event(self, status: int, code: Code, text: str) -> bytes:
-        return b"data: %b\n\n" % self.document(status, code, text)
+        return b"\ndata: %b\n\n" % self.document(status, code, text)
 
 
 class Anthropic(Dialect):
@@ -96,4 +96,4 @@ class Anthropic(Dialect):
         return _encode({"type": "error", "error": error, "request_id": f"req_{secrets.token_hex(12)}"})
 
     def event(self, status: int, code: Code, text: str) -> bytes:
-        return b"event: error\ndata: %b\n\n" % self.document(status, code, text)
+        return b"\nevent: error\ndata: %b\n\n" % self.document(status, code, text)

@@ -7,7 +7,6 @@ length, and a failure a status. When the client leaves, the request is cancelled
 """
 
 import asyncio
-import contextlib
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from common.logs import Log
 from common.ollama import NDJSON, SSE
 from common.protocol import BODY_BYTES_MAX, End, Failed
 from gateway.dialects import RETRY_AFTER_S, STATUS, Dialect, status_of, words_of
+from gateway.keyring import Grant
 from gateway.metrics import Metrics
-from gateway.session import Begins, Events, Output, Over, Stream
+from gateway.session import Begins, Events, Moved, Output, Over, Stream
 from gateway.upstream import Upstream
 
 log = Log("gateway")
@@ -92,8 +92,34 @@ def _retry_after_s(status: int, retry_after_ms: int | None) -> int | None:
     return RETRY_AFTER_S if retry_after_ms is None else math.ceil(retry_after_ms / 1000)
 
 
+class Ending:
+    """How the work on a request is ended from outside: its key was revoked, or the gateway ends."""
+
+    def __init__(self, grant: Grant) -> None:
+        self.grant = grant
+        self._reason: FabricError | None = None
+        self._tell: Callable[[FabricError], None] | None = None
+
+    def end(self, reason: FabricError) -> None:
+        """Now, or when the work begins. The first reason counts."""
+        if self._reason is None:
+            self._reason = reason
+            if self._tell is not None:
+                self._tell(reason)
+
+    def watch(self, tell: Callable[[FabricError], None] | None) -> None:
+        """Have `tell` called when it is ended, or (None) nobody any more.
+
+        Raises:
+            FabricError: the reason, if it was ended already.
+        """
+        if tell is not None and self._reason is not None:
+            raise self._reason
+        self._tell = tell
+
+
 class Exchange:
-    """The answer to one call. `run` it once; `dismiss` and `revoke` end it from outside, also before."""
+    """The answer to one call. `run` it once."""
 
     def __init__(self, dialect: Dialect, upstream: Upstream, metrics: Metrics, outbox_bytes_max: int) -> None:
         self._dialect = dialect
@@ -101,7 +127,6 @@ class Exchange:
         self._metrics = metrics
         self._outbox_bytes_max = outbox_bytes_max
         self._stream: Stream | None = None
-        self._revoked = False
         self._head = Begins(200, "application/json")
         self._streamed = False
         self._started = False
@@ -111,15 +136,14 @@ class Exchange:
         self._over: Over | None = None
         self._filled = asyncio.Event()
 
-    async def run(self, call: Call, receive: Receive, send: Send) -> None:
-        """Submit the call and answer with what comes.
+    async def run(self, call: Call, ending: Ending, receive: Receive, send: Send) -> None:
+        """Submit the call and answer with what comes, until `ending` says otherwise.
 
         Raises:
-            FabricError: it was not accepted, and nothing was sent.
+            FabricError: it was not accepted, or ended before, and nothing was sent.
             Gone: the client left.
         """
-        if self._revoked:
-            raise FabricError(Code.AUTH_FAILED, "authentication failed")
+        ending.watch(self._end)
         stream = self._stream = self._upstream.submit(
             client=call.client,
             ref=call.ref,
@@ -142,26 +166,19 @@ class Exchange:
         except OSError:
             raise Gone from None  # ASGI 2.4: the peer has gone while something was being sent to it
         finally:
+            ending.watch(None)
             watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
+            await asyncio.gather(watch, return_exceptions=True)
             if self._over is None:
                 self._upstream.forget(stream)
 
-    def dismiss(self) -> None:
-        """The gateway ends: so does the stream."""
-        if self._stream is not None and self._over is None:
+    def _end(self, reason: FabricError) -> None:
+        """It is ended from outside."""
+        assert self._stream is not None
+        if self._over is None:
             self._upstream.forget(self._stream)
-            submit = self._stream.submit
-            text = "this gateway is shutting down"
-            failed = Failed(rid=submit.rid, attempt=self._stream.attempt, code=Code.SHUTTING_DOWN, message=text)
-            self._hear(Over(failed, b""))
-
-    def revoke(self) -> None:
-        """The client's key is good no more."""
-        self._revoked = True
-        if self._stream is not None:
-            self._upstream.cancel(self._stream, "this key was revoked")
+            rid, attempt = self._stream.submit.rid, self._stream.attempt
+            self._hear(Over(Failed(rid=rid, attempt=attempt, code=reason.code, message=reason.message), b""))
 
     def _hear(self, output: Output) -> None:
         match output:
@@ -182,6 +199,8 @@ class Exchange:
                 assert self._stream is not None
                 self._over = output
                 self._metrics.finished(self._stream, output.terminal)
+            case Moved():
+                raise AssertionError("nobody can come back for a request of HTTP")
             case _:
                 return  # a place in the queue: HTTP has no way to tell it
         self._filled.set()

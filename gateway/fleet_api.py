@@ -9,14 +9,13 @@ Whoever asks needs the scope models:write. Each operation is written into the au
 """
 
 import asyncio
-import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qs
 
 import msgspec
-from msgspec import Raw
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
@@ -25,18 +24,18 @@ from common.errors import Code, FabricError
 from common.logs import Log
 from common.ollama import NDJSON, UNREADABLE
 from common.protocol import Host, full_name, short_name
-from gateway.exchange import JSON, Gone, answer, read_body, refuse, until_gone
-from gateway.http_api import OLLAMA, HttpApi
+from gateway.dialects import STATUS
+from gateway.exchange import Ending, Gone, answer, read_body, until_gone
+from gateway.http_api import OLLAMA, Endpoint, HttpApi, fields_of
 from gateway.keyring import Grant
-from gateway.operations import TELL_S, Choice, Operation, Target, choose
-from gateway.store import Scope, Store, StoreError
+from gateway.operations import TELL_S, Choice, Operation, Target, choose, refuse_eviction
+from gateway.store import MODEL_CHARS_MAX, Scope, Store, StoreError
 from gateway.websocket import Services
 
 log = Log("gateway")
 
 _CHOICE: Final = frozenset({"hosts", "labels", "copies", "stream", "keepAlive"})
 _encode = msgspec.json.Encoder().encode
-_fields = msgspec.json.Decoder(dict[str, Raw])
 
 
 class _Request(Choice):
@@ -56,13 +55,14 @@ _request = msgspec.json.Decoder(_Request)
 
 @dataclass(slots=True, frozen=True)
 class _Job:
-    """What is to be done: which call on which engines, and whether its progress is told."""
+    """What is to be done: which call on which engines, to which models, and whether its progress is told."""
 
+    action: str
     method: str
     path: str
     body: bytes
     targets: list[Target]
-    model: str
+    models: tuple[str, ...]
     streams: bool
 
 
@@ -83,60 +83,60 @@ class FleetApi:
             ("/api/delete", "DELETE"),
             ("/fabric/load", "POST"),
         ):
-            yield Route(path, _Endpoint(self, path), methods=[method])
+            work = partial(self._operate, path)
+            yield Route(path, Endpoint(self._api, OLLAMA, Scope.MODELS_WRITE, work), methods=[method])
 
-    async def operate(self, path: str, scope: AsgiScope, receive: Receive, send: Send) -> None:
+    async def _operate(self, path: str, ending: Ending, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Do what a request asks."""
-        try:
-            if self._api.draining:
-                raise FabricError(Code.SHUTTING_DOWN, "this gateway is shutting down; connect again")
-            grant = await self._api.grant(scope, Scope.MODELS_WRITE)
-            body = await read_body(receive)
-            job = self._job(path, body, await self._api.hosts())
-            for model in {job.model, *_others(body)}:
-                if not grant.allows_model(model):
-                    raise FabricError(Code.FORBIDDEN, f"this key may not touch the model {short_name(model)!r}")
-            detail = parse_qs(scope["query_string"].decode("latin-1")).get("detail") == ["hosts"]
-            await self._run(path.rpartition("/")[2], job, grant, detail, receive, send)
-        except FabricError as error:
-            self._services.metrics.errors[error.code] += 1
-            await refuse(send, OLLAMA, error)
-        except Gone:
-            pass
+        body = await read_body(receive)
+        job = self._job(path, body, await self._api.hosts())
+        for model in job.models:
+            if not ending.grant.allows_model(model):
+                raise FabricError(Code.FORBIDDEN, f"this key may not touch the model {short_name(model)!r}")
+        detail = parse_qs(scope["query_string"].decode("latin-1")).get("detail") == ["hosts"]
+        await self._run(job, ending, detail, receive, send)
 
     def _job(self, path: str, body: bytes, hosts: tuple[Host, ...]) -> _Job:
+        fields = fields_of(body)
         try:
-            request, fields = _request.decode(body), _fields.decode(body)
+            request = _request.decode(body)
         except UNREADABLE as error:
             raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
-        name = request.source if path == "/api/copy" else request.model or request.name
-        if not name:
-            raise FabricError(Code.INVALID_MESSAGE, "model is required")
-        model = full_name(name)
-        rest: Mapping[str, Any] = {key: value for key, value in fields.items() if key not in _CHOICE}
+        names = (request.model or request.name, request.from_)
+        if path == "/api/copy":
+            names = (request.source, request.destination)
+        models = tuple(full_name(name) for name in names if name)
+        if not names[0] or any(len(model) > MODEL_CHARS_MAX for model in models):
+            raise FabricError(Code.INVALID_MESSAGE, f"model is required, with at most {MODEL_CHARS_MAX} characters")
+        model, method, streams = models[0], "POST", False
+        rest: dict[str, Any] = {key: value for key, value in fields.items() if key not in _CHOICE}
         match path:
             case "/api/pull":
-                copies = request.copies or self._services.settings.pull_copies or None
-                chosen = msgspec.structs.replace(request, copies=copies)
-                return _Job(
-                    "POST", path, _encode({**rest, "stream": True}), choose(hosts, chosen), model, request.stream
-                )
+                anywhere = request.hosts is None and not request.labels
+                copies = request.copies or (anywhere and self._services.settings.pull_copies) or None
+                targets = choose(hosts, msgspec.structs.replace(request, copies=copies), first=model)
+                streams = True
             case "/api/create":
-                having = full_name(request.from_) if request.from_ else None
+                having = models[1] if request.from_ else None
                 targets = choose(hosts, request, having) or choose(hosts, request)
-                return _Job("POST", path, _encode({**rest, "stream": True}), targets, model, request.stream)
+                streams = True
             case "/api/push":
                 targets = self._having(hosts, request, model)[:1]
-                return _Job("POST", path, _encode({**rest, "stream": True}), targets, model, request.stream)
+                streams = True
             case "/fabric/load":
                 targets = self._having(hosts, request, model)
-                keep: dict[str, Any] = {"model": name, "keep_alive": request.keep_alive, "stream": False}
+                if request.keep_alive != 0:
+                    refuse_eviction(hosts, targets, model)
+                rest = {"model": names[0], "keep_alive": request.keep_alive, "stream": False}
                 embeds = any(m.embedding for h in hosts for e in h.engines for m in e.models if m.name == model)
                 path = "/api/embed" if embeds else "/api/generate"
-                return _Job("POST", path, _encode(keep), targets, model, False)
+                return _Job("load", method, path, _encode(rest), targets, models, False)
             case _:
+                targets = self._having(hosts, request, model)
                 method = "DELETE" if path == "/api/delete" else "POST"
-                return _Job(method, path, _encode(rest), self._having(hosts, request, model), model, False)
+        rest |= {"stream": True} if streams else {}
+        action = path.rpartition("/")[2]
+        return _Job(action, method, path, _encode(rest), targets, models, streams and request.stream)
 
     def _having(self, hosts: tuple[Host, ...], choice: Choice, model: str) -> list[Target]:
         targets = choose(hosts, choice, model)
@@ -144,71 +144,68 @@ class FleetApi:
             raise FabricError(Code.MODEL_NOT_FOUND, f"model '{short_name(model)}' not found")
         return targets
 
-    async def _run(self, action: str, job: _Job, grant: Grant, detail: bool, receive: Receive, send: Send) -> None:
+    async def _run(self, job: _Job, ending: Ending, detail: bool, receive: Receive, send: Send) -> None:
+        grant, loop = ending.grant, asyncio.get_running_loop()
+        ended: asyncio.Future[FabricError] = loop.create_future()
+        ending.watch(ended.set_result)
         operation = Operation(self._services.upstream, grant.client, job.targets, job.method, job.path, job.body)
-        running = asyncio.create_task(operation.run())
-        gone = asyncio.create_task(until_gone(receive))
-        outcome: str | None = None
+        running = loop.create_task(operation.run())
+        gone = loop.create_task(until_gone(receive))
+        outcome = "stopped by the client"
         started = False
         try:
             while not running.done():
-                await asyncio.wait({running, gone}, timeout=TELL_S, return_when=asyncio.FIRST_COMPLETED)
+                awaited: set[asyncio.Future[Any]] = {running, gone, ended}
+                await asyncio.wait(awaited, timeout=TELL_S, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     raise Gone
+                if ended.done():
+                    break
                 lines = operation.progress.lines(detail=detail)
                 if job.streams and lines:
                     await _send_lines(send, lines, started=started)
                     started = True
-            running.result()
-            self._api.models_changed()
-            last = operation.progress.last(detail=detail)
-            outcome = str(last.get("error", "success"))
-            await self._write_down(action, job, grant, outcome)  # first: what is told as done is written down
-            if job.streams:
-                await _send_lines(send, [last], started=started, ended=True)
-            elif "error" in last:
-                await answer(send, 500, _encode(last))
+            if ended.done():
+                reason = ended.result()
+                status, last = STATUS.get(reason.code, 500), {"error": reason.message, "code": reason.code.value}
             else:
-                whole = job.path in ("/api/copy", "/api/delete") and not detail
-                await answer(send, 200, b"" if whole else _encode(last), content_type=JSON)
+                outcome = "a defect of the gateway"
+                running.result()
+                status, last = 500, operation.progress.last(detail=detail)
+            outcome = str(last.get("error", "success"))
         except OSError:
             raise Gone from None
         finally:
+            ending.watch(None)
             for task in (running, gone):
                 task.cancel()
             await asyncio.gather(running, gone, return_exceptions=True)
-            if outcome is None:
-                await self._write_down(action, job, grant, "stopped by the client")
+            self._api.models_changed()
+            await self._write_down(job, grant, outcome)  # first: what is told as done is written down
+        if job.streams:
+            await _send_lines(send, [last], started=started, ended=True)
+        elif "error" in last:
+            await answer(send, status, _encode(last))
+        else:
+            empty = job.action in ("copy", "delete") and not detail
+            await answer(send, 200, b"" if empty else _encode(last))
 
-    async def _write_down(self, action: str, job: _Job, grant: Grant, outcome: str) -> None:
+    async def _write_down(self, job: _Job, grant: Grant, outcome: str) -> None:
         hosts = sorted({target.host for target in job.targets})
-        log("operation on models", action=action, model=job.model, client=grant.client, hosts=hosts, outcome=outcome)
-        with contextlib.suppress(StoreError):
+        models = " ".join(job.models)
+        log("operation on models", action=job.action, model=models, client=grant.client, hosts=hosts, outcome=outcome)
+        try:
             await asyncio.to_thread(
                 self._store.write_audit,
                 client_id=grant.client,
                 token_id=grant.token,
-                action=action,
-                model=job.model,
+                action=job.action,
+                model=models,
                 hosts=hosts,
                 outcome=outcome,
             )
-
-
-class _Endpoint:
-    """An ASGI endpoint."""
-
-    def __init__(self, api: FleetApi, path: str) -> None:
-        self._api, self._path = api, path
-
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        await self._api.operate(self._path, scope, receive, send)
-
-
-def _others(body: bytes) -> list[str]:
-    """Models that a request names beside its own."""
-    request = _request.decode(body)
-    return [full_name(name) for name in (request.destination, request.from_) if name]
+        except StoreError as error:
+            log.warn("operation not written down", reason=str(error))
 
 
 async def _send_lines(send: Send, lines: list[dict[str, Any]], *, started: bool, ended: bool = False) -> None:

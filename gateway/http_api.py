@@ -14,7 +14,8 @@ sent it, that page must be from a loopback host too.
 
 import ipaddress
 import secrets
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Awaitable, Callable, Iterable, Set
+from functools import partial
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -32,9 +33,9 @@ from common.protocol import Host, full_name, short_name
 from gateway import catalogue
 from gateway.catalogue import Catalogue
 from gateway.dialects import Anthropic, Dialect, Ollama, OpenAI
-from gateway.exchange import Call, Exchange, Gone, read_body, refuse
+from gateway.exchange import Call, Ending, Exchange, Gone, read_body, refuse
 from gateway.keyring import Grant, Keyring
-from gateway.store import MODELS, SCOPES, Scope, StoreError, token_digest
+from gateway.store import MODEL_CHARS_MAX, MODELS, SCOPES, Scope, StoreError, token_digest
 from gateway.websocket import Services
 
 OLLAMA, OPENAI, ANTHROPIC = Ollama(), OpenAI(), Anthropic()
@@ -51,9 +52,10 @@ INFERENCE: Final[dict[str, Dialect]] = {
 }
 ANONYMOUS: Final = Grant(client="~anonymous", token="", scopes=frozenset(SCOPES), models=MODELS)
 """Who uses a gateway that lets its own machine in. No client can have this name."""
-MODEL_CHARS_MAX: Final = 512
+MODEL_FIELDS: Final = frozenset({"model", "name", "source", "destination", "from"})
 log = Log("gateway")
 
+Work = Callable[[Ending, AsgiScope, Receive, Send], Awaitable[None]]
 TOKEN_PREFIX: Final = "/k/"
 
 _json = msgspec.json.Encoder().encode
@@ -90,31 +92,31 @@ class HttpApi:
         self._services = services
         self._keyring = keyring
         self._catalogue = Catalogue(services.upstream)
-        self._exchanges: dict[Exchange, Grant] = {}
+        self._running: set[Ending] = set()
         self.draining = False
 
     @property
     def running(self) -> int:
-        """Requests that are being answered by an engine."""
-        return len(self._exchanges)
+        """Requests that are being worked on."""
+        return len(self._running)
 
     def dismiss(self) -> None:
         """End them all."""
-        for exchange in list(self._exchanges):
-            exchange.dismiss()
+        for ending in list(self._running):
+            ending.end(FabricError(Code.SHUTTING_DOWN, "this gateway is shutting down"))
 
     def revoke(self, clients: Set[str], tokens: Set[str]) -> None:
         """End what runs for them."""
-        for exchange, grant in list(self._exchanges.items()):
-            if grant.client in clients or grant.token in tokens:
-                exchange.revoke()
+        for ending in list(self._running):
+            if ending.grant.client in clients or ending.grant.token in tokens:
+                ending.end(FabricError(Code.CANCELLED, "this key was revoked"))
 
     def routes(self) -> Iterable[BaseRoute]:
         for path, dialect in INFERENCE.items():
-            yield Route(path, _Inference(self, path, dialect), methods=["POST"])
-        yield Route(
-            "/api/show", _Inference(self, "/api/show", OLLAMA, scope=Scope.MODELS_READ, light=True), methods=["POST"]
-        )
+            work = partial(self._infer, path, dialect, False)
+            yield Route(path, Endpoint(self, dialect, Scope.INFERENCE, work), methods=["POST"])
+        show = partial(self._infer, "/api/show", OLLAMA, True)
+        yield Route("/api/show", Endpoint(self, OLLAMA, Scope.MODELS_READ, show), methods=["POST"])
         aliases = self._services.aliases
         yield self._list("/api/tags", lambda hosts, allowed, _: catalogue.tags(hosts, allowed, aliases))
         yield self._list("/api/ps", lambda hosts, allowed, _: catalogue.ps(hosts, allowed))
@@ -164,34 +166,40 @@ class HttpApi:
             raise FabricError(Code.FORBIDDEN, f"this key does not have the scope {wanted}")
         return grant
 
-    async def infer(
-        self, path: str, dialect: Dialect, wanted: Scope, light: bool, scope: AsgiScope, receive: Receive, send: Send
+    async def answer(
+        self, dialect: Dialect, wanted: Scope, work: Work, scope: AsgiScope, receive: Receive, send: Send
     ) -> None:
-        """Answer a request by handing it to an engine."""
+        """Answer a request by `work`, for whoever may have it done; its errors are told in `dialect`."""
         try:
             if self.draining:
                 raise FabricError(Code.SHUTTING_DOWN, "this gateway is shutting down; connect again")
-            services = self._services
-            exchange = Exchange(dialect, services.upstream, services.metrics, services.settings.outbox_bytes_max)
-            grant = await self.grant(scope, wanted)
-            self._exchanges[exchange] = grant  # in the same turn: a revocation was seen by the one or finds the other
+            ending = Ending(await self.grant(scope, wanted))
+            self._running.add(ending)  # in the same turn: a revocation was seen by the one or finds the other
             try:
-                body = await read_body(receive)
-                asked = _model_of(body)
-                if not grant.allows_model(asked):
-                    raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(asked)!r}")
-                model = services.model(asked)
-                body = body if model == asked else _with_model(body, model)
-                ref = secrets.token_hex(8)
-                call = Call(client=grant.client, ref=ref, model=model, path=path, body=body, light=light)
-                await exchange.run(call, receive, send)
+                await work(ending, scope, receive, send)
             finally:
-                del self._exchanges[exchange]
+                self._running.discard(ending)
         except FabricError as error:
             self._services.metrics.errors[error.code] += 1
             await refuse(send, dialect, error)
         except Gone:
             pass
+
+    async def _infer(
+        self, path: str, dialect: Dialect, light: bool, ending: Ending, scope: AsgiScope, receive: Receive, send: Send
+    ) -> None:
+        """Hand a request to an engine."""
+        services, grant = self._services, ending.grant
+        body = await read_body(receive)
+        asked = _model_of(body)
+        if not grant.allows_model(asked):
+            raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(asked)!r}")
+        model = services.model(asked)
+        body = body if model == asked else _with_model(body, model)
+        ref = secrets.token_hex(8)
+        call = Call(client=grant.client, ref=ref, model=model, path=path, body=body, light=light)
+        exchange = Exchange(dialect, services.upstream, services.metrics, services.settings.outbox_bytes_max)
+        await exchange.run(call, ending, receive, send)
 
     async def root(self, request: Request) -> Response:
         """What Ollama says to its clients, and a page for people."""
@@ -229,17 +237,15 @@ class HttpApi:
         return Route(path, listing, methods=["GET"])
 
 
-class _Inference:
-    """An ASGI endpoint, so that nothing stands between the stream and the connection."""
+class Endpoint:
+    """An ASGI endpoint, so that nothing stands between a stream and its connection."""
 
-    def __init__(
-        self, api: HttpApi, path: str, dialect: Dialect, *, scope: Scope = Scope.INFERENCE, light: bool = False
-    ) -> None:
+    def __init__(self, api: HttpApi, dialect: Dialect, wanted: Scope, work: Work) -> None:
         self._api = api
-        self._what = path, dialect, scope, light
+        self._what = dialect, wanted, work
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        await self._api.infer(*self._what, scope, receive, send)
+        await self._api.answer(*self._what, scope, receive, send)
 
 
 class _Refusal(Response):
@@ -253,12 +259,31 @@ class _Refusal(Response):
         await refuse(send, self._dialect, self._error)
 
 
+def fields_of(body: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a request.
+
+    Go reads a field's name in any case, and an engine would take `MODEL` for the model that was checked here.
+
+    Raises:
+        FabricError: INVALID_MESSAGE, it is no JSON object, or one with a name that is nearly one of a model's.
+    """
+    try:
+        fields = _fields.decode(body)
+    except UNREADABLE as error:
+        raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
+    for name in fields:
+        if name not in MODEL_FIELDS and name.casefold() in MODEL_FIELDS:
+            raise FabricError(Code.INVALID_MESSAGE, f"write {name.casefold()!r}, not {name!r}")
+    return fields
+
+
 def _model_of(body: bytes) -> str:
     """The full name of the model a request is for.
 
     Raises:
         FabricError: INVALID_MESSAGE.
     """
+    fields_of(body)
     try:
         job = _job.decode(body)
     except UNREADABLE as error:
@@ -303,9 +328,17 @@ def _is_local(scope: AsgiScope) -> bool:
         peer is not None
         and _is_loopback(peer[0])
         and not any(_header(scope, name) is not None for name in (b"forwarded", b"x-forwarded-for", b"x-real-ip"))
-        and _is_loopback(urlsplit(f"//{_header(scope, b'host') or ''}").hostname or "")
-        and (origin is None or _is_loopback(urlsplit(origin).hostname or ""))
+        and _is_loopback(_hostname(f"//{_header(scope, b'host') or ''}"))
+        and (origin is None or _is_loopback(_hostname(origin)))
     )
+
+
+def _hostname(url: str) -> str:
+    """The host a URL names, or nothing."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -52,15 +52,17 @@ class Choice(msgspec.Struct, rename="camel"):
 
     hosts: list[str] | None = None
     labels: list[str] = []
-    copies: int | None = None
+    copies: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
-def choose(hosts: Iterable[Host], choice: Choice, having: str | None = None) -> list[Target]:
-    """The engines that are meant; with `having`, only those with that model. Of each host all engines, of all hosts
-    first those with the most free disk.
+def choose(
+    hosts: Iterable[Host], choice: Choice, having: str | None = None, *, first: str | None = None
+) -> list[Target]:
+    """The engines that are meant; with `having`, only those with that model. Of each host all engines; of all hosts
+    those before that have the model `first`, then those with the most free disk.
 
     Raises:
-        FabricError: NOT_FOUND, a host that was named is not there, or none is left.
+        FabricError: NOT_FOUND, a host that was named is not there, or drains, or none is left.
     """
     candidates = []
     known = {host.name for host in hosts}
@@ -70,7 +72,9 @@ def choose(hosts: Iterable[Host], choice: Choice, having: str | None = None) -> 
             Code.NOT_FOUND, f"no host {', '.join(missing)}; there are: {', '.join(sorted(known)) or 'none'}"
         )
     for host in hosts:
-        if host.draining and choice.hosts is None:
+        if host.draining:
+            if host.name in (choice.hosts or ()):
+                raise FabricError(Code.NOT_FOUND, f"{host.name} drains; `weftline resume {host.name}` ends that")
             continue
         if (choice.hosts is not None and host.name not in choice.hosts) or not set(choice.labels) <= set(host.labels):
             continue
@@ -80,12 +84,27 @@ def choose(hosts: Iterable[Host], choice: Choice, having: str | None = None) -> 
             if engine.up and (having is None or any(model.name == having for model in engine.models))
         ]
         if targets:
-            candidates.append(targets)
-    candidates.sort(key=lambda targets: (-(targets[0].disk_free_bytes or 0), targets[0].host))
-    chosen = [target for targets in candidates[: choice.copies] for target in targets]
+            has = any(model.name == first for engine in host.engines for model in engine.models)
+            candidates.append((not has, -(targets[0].disk_free_bytes or 0), host.name, targets))
+    chosen = [target for *_, targets in sorted(candidates)[: choice.copies] for target in targets]
     if not chosen and having is None:
         raise FabricError(Code.NOT_FOUND, "no host that was chosen has a running engine")
     return chosen
+
+
+def refuse_eviction(hosts: Iterable[Host], targets: Iterable[Target], model: str) -> None:
+    """Don't let a load make an engine unload a model that is busy.
+
+    Raises:
+        FabricError: QUEUE_FULL, one of the engines would have to.
+    """
+    meant = {(target.host, target.engine) for target in targets}
+    for host in hosts:
+        for engine in host.engines:
+            busy = {digest for digest, count in host.busy.get(engine.url, {}).items() if count}
+            held = any(one.name == model and (one.resident or one.digest in busy) for one in engine.models)
+            if (host.name, engine.url) in meant and not held and 0 < engine.models_max <= len(busy):
+                raise FabricError(Code.QUEUE_FULL, f"all models that {host.name} can hold are busy; try again later")
 
 
 class Line(msgspec.Struct):
@@ -102,6 +121,8 @@ class _Layer:
     status: str
     total: dict[Target, int] = field(default_factory=dict)
     completed: dict[Target, int] = field(default_factory=dict)
+    there: dict[Target, int] = field(default_factory=dict)
+    """What of it was on the disk before."""
 
 
 class Progress:
@@ -124,6 +145,7 @@ class Progress:
             layer = self._layers.setdefault(line.digest, _Layer(line.status))
             layer.total[target] = line.total
             layer.completed[target] = max(line.completed, layer.completed.get(target, 0))
+            layer.there.setdefault(target, line.completed)
             self._changed[line.digest] = None
         elif (
             line.status not in ("", SUCCESS)
@@ -137,12 +159,10 @@ class Progress:
         """Why the engine's disk won't hold what it is pulling, or nothing."""
         if target.disk_free_bytes is None:
             return ""
-        missing = sum(
-            max(0, layer.total.get(target, 0) - layer.completed.get(target, 0)) for layer in self._layers.values()
-        )
-        if missing + DISK_RESERVE_BYTES <= target.disk_free_bytes:
+        new = sum(max(0, layer.total.get(target, 0) - layer.there.get(target, 0)) for layer in self._layers.values())
+        if new + DISK_RESERVE_BYTES <= target.disk_free_bytes:
             return ""
-        return f"{missing / 2**30:.1f} GiB are missing and its disk has {target.disk_free_bytes / 2**30:.0f} GiB free"
+        return f"it takes {new / 2**30:.1f} GiB and its disk had {target.disk_free_bytes / 2**30:.0f} GiB free"
 
     def lines(self, *, detail: bool) -> list[dict[str, Any]]:
         """What changed since the last time; with `detail`, what each engine does."""

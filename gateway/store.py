@@ -25,7 +25,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -520,10 +520,7 @@ class Store:
             raise AliasError(f"a model's name has 1 to {MODEL_CHARS_MAX} characters.")
         with self._told("write to"), self._writing.begin() as connection:
             known = {row.name: row for row in connection.execute(sa.select(_ALIASES))}
-            if target in known or name == target:
-                raise AliasError(f"{short_name(target)!r} is an alias itself; name the model it stands for.")
-            if any(row.target == name for row in known.values()):
-                raise AliasError(f"{short_name(name)!r} is what another alias stands for.")
+            _check_alias(name, target, known)
             if name not in known and len(known) >= ALIASES_MAX:
                 raise AliasError(f"there are {ALIASES_MAX} aliases already.")
             previous = known[name].target if name in known else None
@@ -537,14 +534,16 @@ class Store:
         """`name` stands for what it stood for before; again, and it is back.
 
         Raises:
-            AliasError: it is none, or stood for nothing before.
+            AliasError: it is none, stood for nothing before, or that is an alias by now.
             StoreError: the database failed.
         """
         name = full_name(name)
         with self._told("write to"), self._writing.begin() as connection:
-            row = connection.execute(sa.select(_ALIASES).where(_ALIASES.c.name == name)).one_or_none()
+            known = {row.name: row for row in connection.execute(sa.select(_ALIASES))}
+            row = known.get(name)
             if row is None or row.previous is None:
                 raise AliasError(f"{short_name(name)!r} has stood for nothing else.")
+            _check_alias(name, row.previous, known)
             swap = sa.update(_ALIASES).where(_ALIASES.c.name == name)
             connection.execute(swap.values(target=row.previous, previous=row.target))
         return Alias(name, row.previous, row.target)
@@ -622,6 +621,14 @@ class Store:
                 )
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+
+def _check_alias(name: str, target: str, known: Mapping[str, sa.Row[Any]]) -> None:
+    """An alias stands for a model, not for another alias."""
+    if target in known or name == target:
+        raise AliasError(f"{short_name(target)!r} is an alias itself; name the model it stands for.")
+    if any(row.target == name for row in known.values()):
+        raise AliasError(f"{short_name(name)!r} is what another alias stands for.")
 
 
 def _url(where: Path | str) -> URL:

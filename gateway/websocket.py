@@ -67,8 +67,9 @@ class Services:
 
     def models(self) -> tuple[str, ...]:
         """What can be asked, as clients know it: models, and the names that stand for some."""
-        models = self.upstream.fleet.models
-        return models + tuple(short_name(alias) for alias, model in self.aliases.items() if short_name(model) in models)
+        models = dict.fromkeys(self.upstream.fleet.models)
+        aliases = [short_name(alias) for alias, model in self.aliases.items() if short_name(model) in models]
+        return tuple(models | dict.fromkeys(aliases))
 
     def model(self, name: str) -> str:
         """The full name of the model that is meant by a name."""

@@ -49,7 +49,7 @@ import msgspec
 
 from common import protocol
 from common.errors import Code
-from common.ollama import NDJSON, SSE, UNREADABLE, last_line
+from common.ollama import NDJSON, SSE, UNREADABLE, document, last_line
 from common.protocol import (
     BESIDE_MAX,
     BODY_BYTES_MAX,
@@ -524,7 +524,7 @@ class Session:
                 rest = rest + b"\n" if last_line(rest) else b""
             if rest and not self._take(lease, [rest], rest, now):
                 return
-        final = last_line(lease.last)
+        final = last_line(lease.last) if lease.by_lines else document(lease.last)
         if lease.by_lines and not (final and final.done):
             text = f"the engine {lease.engine} ended its answer without a last line"
             self._fail(lease, Code.BACKEND_ERROR, text, now, retryable=True)

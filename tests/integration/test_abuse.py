@@ -16,7 +16,7 @@ import websockets
 import workers.agent
 import workers.ollama
 from common.errors import Code
-from common.protocol import Failed, Submit
+from common.protocol import Failed, Submit, full_name
 from gateway.session import Histories, Over, Stream
 from gateway.settings import GatewaySettings
 from gateway.websocket import Closed, Connection, Services
@@ -261,6 +261,7 @@ def connection_of(submitted: list[Stream]) -> Connection:
     services = SimpleNamespace(
         settings=GatewaySettings(outbox_bytes_max=1000, messages_per_s=50, messages_burst=200),
         upstream=SimpleNamespace(submit=submit),
+        model=full_name,
         metrics=SimpleNamespace(requests=0, pauses=0, errors=Counter()),
     )
     return Connection(cast("Any", SimpleNamespace(scope={})), cast("Services", services))

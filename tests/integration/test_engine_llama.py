@@ -42,8 +42,19 @@ async def lines(client: httpx.AsyncClient, path: str = "/api/generate", **body: 
         return [json.loads(line) async for line in response.aiter_lines()]
 
 
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    """Engines that other tests keep running are none of ours."""
+    OTHERS.clear()
+    OTHERS.update(child.pid for child in children())
+
+
+OTHERS: set[int] = set()
+
+
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "workers.embedded.llama_process" in child.cmdline()]
+    found = [child for child in psutil.Process().children() if child.pid not in OTHERS]
+    return [child for child in found if "workers.embedded.llama_process" in child.cmdline()]
 
 
 GREEDY = {"temperature": 0, "seed": 1}

@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 import workers.ollama
 from common import protocol
@@ -275,7 +277,9 @@ async def test_registers_with_what_the_engine_serves(line: Line) -> None:
     await line.start()
     [engine] = line.register.engines
     assert (engine.url, engine.kind, engine.version, engine.up) == (line.engine.url, "ollama", "0.33.0", True)
-    assert engine.models == (Model(name="m:latest", digest="d1", slots=2, size_bytes=5),)
+    (model,) = engine.models
+    assert msgspec.json.decode(model.listed)["name"] == "m:latest"
+    assert replace(model, listed=b"") == Model(name="m:latest", digest="d1", slots=2, size_bytes=5)
     assert line.register.name == "gpu-1"
     assert len(line.register.epoch) == 32
     line.engine.models = []

@@ -89,6 +89,31 @@ async def test_openai_events_bring_the_same_tokens() -> None:
             assert [len(a.tokens) for a in answers] == [len(a.came_s) for a in answers] == [1, 300]
 
 
+async def test_a_connection_that_was_closed_idle_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    connected = clients._connected
+
+    async def recorded(*arguments: Any) -> Any:
+        opened.append(await connected(*arguments))
+        return opened[-1]
+
+    async def serve_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}}")
+        line = json.dumps({"response": " a", "done": False}).encode() + b"\n"
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(line), line))
+        writer.close()
+
+    monkeypatch.setattr(clients, "_connected", recorded)
+    async with await asyncio.start_server(serve_once, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with clients.over_http(url, 1) as generate:
+            for number in (1, 2):
+                assert (await generate(1)).tokens == [" a"]
+                assert len(opened) == number
+                await opened[-1]._gone
+                assert opened[-1].gone
+
+
 def test_events_are_taken_wherever_they_are_cut() -> None:
     body = b"".join(
         b"data: %s\n\n" % json.dumps({"choices": choices}).encode()

@@ -383,6 +383,28 @@ def test_between_our_attempt_and_another_brokers_the_gateway_decides(h: Harness,
     assert h.core._window.disputed == {}
 
 
+def test_a_claim_that_waits_may_go_on(h: Harness) -> None:
+    """What it says meanwhile goes to nobody; it is asked for when its gateway has spoken."""
+    running(h, events=1)
+    h.worker("w2", claims=[claim_of(R1, FIRST, 2)])
+    h.chunk(R1, FIRST, 2, 3, peer=b"w2")
+    h.end(R1, FIRST, 5, peer=b"w2")
+    assert h.told(Cancel, b"w2") == []
+    h.sent(b"w2")
+    resubmit(h, attempt=FIRST, next_seq=2)
+    assert (worker_of(h), h.request(R1).attempt) == ("w2", FIRST)
+    assert [replay.start for replay in h.sent(b"w2") if isinstance(replay, Replay)] == [2]
+
+
+def test_of_several_claims_that_wait_one_counts_and_the_others_are_cancelled(h: Harness) -> None:
+    running(h, events=1)
+    h.worker("w2", claims=[claim_of(R1, FIRST, 2)])
+    h.worker("w3", claims=[claim_of(R1, SECOND, 4)])
+    resubmit(h, attempt=FIRST, next_seq=2)
+    assert (worker_of(h), h.request(R1).attempt) == ("w2", FIRST)
+    assert [m.attempt for m in h.told(Cancel, b"w3")] == [SECOND]
+
+
 def test_a_gateway_that_followed_us_has_the_others_cancelled(h: Harness) -> None:
     ours = running(h, events=1)
     h.worker("w2", claims=[claim_of(R1, FIRST, 5)])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.ollama import last_line
+from common.ollama import document, last_line
 from common.protocol import COUNT_MAX, Stats
 
 DONE = b'{"done":true,"done_reason":"stop","prompt_eval_count":3,"eval_count":2,"total_duration":9}\n'
@@ -41,6 +41,7 @@ def test_what_cannot_be_read(data: bytes) -> None:
         (b"data:[DONE]", True),
         (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', True),
         (b'data: {"type":"response.completed"}\n', True),
+        (b'data: {"type":"response.completed","response":{}}\n', True),
         (b'data: {"type":"response.output_text.delta"}\n\n', False),
         (b'data: {"choices":[{"delta":{"content":"done"}}],"done":true}\n\n', False),
     ],
@@ -51,10 +52,18 @@ def test_events_of_a_stream(event: bytes, done: bool) -> None:
     assert last.done == done
 
 
+def test_a_document_may_have_lines() -> None:
+    read = document(b'{"embeddings":[[0.5,\n0.25]],\n"prompt_eval_count":2}\n')
+    assert read is not None
+    assert read.stats() == Stats(prompt_tokens=2)
+    assert document(b"nonsense") is None
+
+
 def test_counts_of_the_other_apis() -> None:
     openai = b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12}}\n\n'
     anthropic = b'data: {"type":"message_delta","usage":{"input_tokens":5,"output_tokens":7}}\n\n'
-    for event in (openai, anthropic):
+    wrapped = b'data: {"type":"response.completed","response":{"usage":{"input_tokens":5,"output_tokens":7}}}\n\n'
+    for event in (openai, anthropic, wrapped):
         assert stats_of(event) == Stats(prompt_tokens=5, completion_tokens=7)
 
 

@@ -45,9 +45,9 @@ def test_documents_of_anthropic_have_a_number(status: int, kind: str) -> None:
 def test_the_last_words_of_a_stream() -> None:
     assert Ollama().event(502, Code.WORKER_LOST, "text") == b'{"error":"text","code":"WORKER_LOST"}\n'
     event = OpenAI().event(502, Code.WORKER_LOST, "text")
-    assert event.startswith(b'data: {"error":{"message":"text"')
+    assert event.startswith(b'\ndata: {"error":{"message":"text"'), "the event before may lack its blank line"
     assert event.endswith(b"}\n\n")
-    assert Anthropic().event(502, Code.WORKER_LOST, "text").startswith(b'event: error\ndata: {"type":"error"')
+    assert Anthropic().event(502, Code.WORKER_LOST, "text").startswith(b'\nevent: error\ndata: {"type":"error"')
 
 
 def test_the_engines_own_status_counts() -> None:

@@ -4,7 +4,17 @@ import pytest
 
 from common.errors import Code, FabricError
 from common.protocol import Engine, Host, Model
-from gateway.operations import DISK_RESERVE_BYTES, LAYERS_MAX, STATUSES_MAX, Choice, Line, Progress, Target, choose
+from gateway.operations import (
+    DISK_RESERVE_BYTES,
+    LAYERS_MAX,
+    STATUSES_MAX,
+    Choice,
+    Line,
+    Progress,
+    Target,
+    choose,
+    refuse_eviction,
+)
 
 GIB = 2**30
 A, B = Target("a", "http://e"), Target("b", "http://e")
@@ -38,7 +48,7 @@ FLEET = [
         (Choice(), None, ["b", "a", "c"]),
         (Choice(copies=1), None, ["b"]),
         (Choice(copies=9), None, ["b", "a", "c"]),
-        (Choice(hosts=["a", "d"]), None, ["a", "d"]),
+        (Choice(hosts=["a", "c"]), None, ["a", "c"]),
         (Choice(labels=["zone=c"]), None, ["c"]),
         (Choice(labels=["zone=c", "gpu=a100"]), None, ["c"]),
         (Choice(), "m:latest", ["b", "a"]),
@@ -52,6 +62,7 @@ def test_who_is_meant(choice: Choice, having: str | None, expected: list[str]) -
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
+        (Choice(hosts=["a", "d"]), "d drains"),
         (Choice(hosts=["a", "x"]), "no host x; there are: a, b, c, d, e"),
         (Choice(labels=["zone=z"]), "no host that was"),
     ],
@@ -150,4 +161,31 @@ def test_a_disk_without_room(free: int | None, lacks: bool) -> None:
     assert DISK_RESERVE_BYTES == GIB
     assert bool(progress.lacks_room(target)) == lacks
     progress.take(target, layer(10 * GIB, total=10 * GIB))
-    assert not progress.lacks_room(target), "it is there"
+    assert bool(progress.lacks_room(target)) == lacks, "what has come meanwhile takes room too"
+
+
+def test_layers_that_follow_one_another_take_room_together() -> None:
+    target = Target("a", "http://e", 10 * GIB)
+    progress = Progress([target])
+    for name in "ab":
+        assert not progress.lacks_room(target)
+        progress.take(target, layer(0, total=6 * GIB, digest=f"sha256:{name}"))
+        progress.take(target, layer(6 * GIB, total=6 * GIB, digest=f"sha256:{name}"))
+    assert progress.lacks_room(target)
+
+
+def test_hosts_that_have_the_model_come_first() -> None:
+    assert names(choose(FLEET, Choice(copies=1), first="m:latest")) == ["b"]
+    assert names(choose([host("x", free_gib=99), *FLEET], Choice(copies=2), first="m:latest")) == ["b", "a"]
+
+
+def test_a_load_that_would_evict_a_busy_model_is_refused() -> None:
+    models = (Model(name="m:latest", digest="m", resident=True), Model(name="n:latest", digest="n"))
+    engine = Engine(url="http://e", models=models, models_max=1)
+    idle, busy = Host(name="a", engines=(engine,)), Host(name="a", engines=(engine,), busy={"http://e": {"m": 1}})
+    refuse_eviction([idle], [A], "n:latest")
+    refuse_eviction([busy], [A], "m:latest")
+    refuse_eviction([busy], [B], "n:latest")
+    with pytest.raises(FabricError, match="busy") as error:
+        refuse_eviction([busy], [A], "n:latest")
+    assert error.value.code is Code.QUEUE_FULL
