@@ -62,6 +62,7 @@ class _Line(msgspec.Struct):
 
     response: str = ""
     done: bool = False
+    error: str = ""
 
 
 _decode_line: Final = msgspec.json.Decoder(_Line).decode
@@ -78,7 +79,8 @@ class _Choice(msgspec.Struct):
 class _Event(msgspec.Struct):
     """What a client reads of an event of /v1/chat/completions."""
 
-    choices: list[_Choice]
+    choices: list[_Choice] = []
+    error: msgspec.Raw = msgspec.Raw()
 
 
 _decode_event: Final = msgspec.json.Decoder(_Event).decode
@@ -100,6 +102,8 @@ def _take_lines(answer: Answer, data: bytes) -> bytes:
     lines = data.split(b"\n")
     for text in lines[:-1]:
         line = _decode_line(text)
+        if line.error:
+            raise BenchError(line.error)
         if not line.done:
             answer.came_s.append(now_s)
             answer.tokens.append(line.response)
@@ -112,7 +116,10 @@ def _take_events(answer: Answer, data: bytes) -> bytes:
     lines = data.split(b"\n")
     for text in lines[:-1]:
         if text.startswith(EVENT):
-            for choice in _decode_event(text[len(EVENT) - 1 :]).choices:
+            event = _decode_event(text[len(EVENT) - 1 :])
+            if event.error:
+                raise BenchError(bytes(event.error)[:REFUSAL_BYTES_MAX].decode(errors="replace"))
+            for choice in event.choices:
                 if choice.delta.content:
                     answer.came_s.append(now_s)
                     answer.tokens.append(choice.delta.content)
@@ -234,8 +241,8 @@ class _HttpConnection(_Connection):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             if self._done is not None and not self._done.done():
-                reason = error.__context__ or error  # of a line that could not be read, httptools tells by the context
-                self._done.set_exception(BenchError(f"what came cannot be read: {reason}"))
+                reason = error.__context__ or error  # what a callback raised is the context
+                self._done.set_exception(BenchError(f"what came is no stream of tokens: {reason}"))
             self._transport.abort()
 
     def on_body(self, body: bytes) -> None:

@@ -18,39 +18,45 @@ from bench.clients import OLLAMA, OPENAI, Way
 from bench.fabric import BenchError, Fabric
 from bench.figures import Run, others_cores
 from bench.http_figures import HttpFigures, http_aims, http_figures, http_report
-from bench.peers import PEERS, Peer, Running, ensure, free_port
+from bench.peers import PEERS, Nginx, Peer, Running, ensure, free_port
 from bench.streams import RUN_S_MAX, Load, run
 from common.process import process_error
 
 DIRECT: Final = {OLLAMA.path: "direct", OPENAI.path: "direct, /v1"}
 FABRIC: Final = {OLLAMA.path: "fabric", OPENAI.path: "fabric, /v1"}
 BETWEEN: Final = ("gateway", "broker", "worker")
+FAST: Final = (Nginx.name,)
+"""Peers that can bring the lines of a load that offers more than the aim, each by itself."""
 
 
 def loads(*, quick: bool) -> tuple[list[Load], list[Load], list[Load]]:
-    """What is run, by fabric: paced loads, which measure latency; one that offers more than the aim, line by line; and
-    one at full speed, where the engine writes as many lines at once as are ready.
+    """What is run, by fabric: paced loads, which measure latency; one that offers more than the aim, line by line (not
+    if `quick`); and one at full speed, where the engine writes as many lines at once as are ready.
     """
 
-    def load(name: str, streams: int, tokens: int, tokens_per_s: float, window_s: float, warm_up_s: float) -> Load:
+    def paced(streams: int, tokens: int, tokens_per_s: float, window_s: float) -> Load:
         return Load(
-            name=name,
+            name=f"{streams} at {tokens_per_s:g}/s",
             streams=streams,
             tokens=tokens,
             tokens_per_s=tokens_per_s,
             window_s=0.5 if quick else window_s,
-            pause_s=0.005 if warm_up_s < 1 else 0.0,
-            warm_up_s=warm_up_s,
-            # A proxy that can't keep up takes seconds for its first streams: those count.
-            firsts_of_warm_up=warm_up_s >= 1,
+            pause_s=0.005,
         )
 
     # Alone, a stream is short: many first tokens are needed.
-    several = {50: (30, 2.0)} if quick else {1: (2, 1.0), 16: (15, 1.0), 50: (30, 2.0)}
-    paced = [load(f"{streams} at 50/s", streams, n, 50, window_s, 0.2) for streams, (n, window_s) in several.items()]
-    each = [load("64 at 500/s", 64, 100, 500, 1.0, 1.0)]
-    full = [load("16 at full speed", 16, 200 if quick else 500, 0, 1.0, 1.0)]
-    return paced, each, full
+    several = [paced(1, 2, 50, 0.8), paced(16, 15, 50, 0.8), paced(50, 30, 50, 1.5)]
+    full = Load(
+        name="16 at full speed",
+        streams=16,
+        tokens=200 if quick else 500,
+        tokens_per_s=0,
+        window_s=0.5 if quick else 0.8,
+        # The slowest proxy takes seconds for its first streams: all first tokens count.
+        warm_up_s=1.0,
+        firsts_of_warm_up=True,
+    )
+    return several[2:] if quick else several, [] if quick else [paced(64, 100, 500, 1.0)], [full]
 
 
 @dataclass(slots=True)
@@ -60,6 +66,10 @@ class Peers:
     present: list[tuple[Peer, Running]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+
+    def only(self, names: Sequence[str]) -> "Peers":
+        """Those of these names; who is left out is told to all."""
+        return replace(self, present=[(peer, running) for peer, running in self.present if peer.name in names])
 
     def leave_out(self, name: str, why: BenchError) -> None:
         """It can't be had or started, or brought what it should not."""
@@ -123,10 +133,16 @@ async def run_way(way: Way, load: Load, target: Fabric) -> Run:
     return result
 
 
-async def measure(
-    loads: Sequence[Load], rounds: int, folder: Path, peers: Peers, engine_port: int
-) -> tuple[list[HttpFigures], float]:
-    """Run all ways at loads of one speed on one fabric: their figures, and how many cores others kept busy.
+@dataclass(slots=True, frozen=True)
+class Measured:
+    """What was found at loads of one speed, and how many cores others kept busy meanwhile."""
+
+    figures: list[HttpFigures]
+    others_cores: float
+
+
+async def measure(loads: Sequence[Load], rounds: int, folder: Path, peers: Peers, engine_port: int) -> Measured:
+    """Run all ways at loads of one speed on one fabric.
 
     A peer that fails is left out from then on.
 
@@ -135,6 +151,8 @@ async def measure(
     """
     found: list[HttpFigures] = []
     runs: list[Run] = []
+    if not loads:
+        return Measured(found, 0.0)
     slots = max(load.streams for load in loads)
     async with fabric.running(
         folder, tokens_per_s=loads[0].tokens_per_s, slots=slots, engine_port=engine_port
@@ -156,7 +174,7 @@ async def measure(
                     else:
                         runs.append(results[-1][way.name])
             found += http_figures(load.name, load.streams, ways_to(target, peers), results)
-    return found, others_cores(runs)
+    return Measured(found, others_cores(runs))
 
 
 async def bench(*, quick: bool) -> dict[str, Any]:
@@ -170,18 +188,20 @@ async def bench(*, quick: bool) -> dict[str, Any]:
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weftline-bench-")))
         peers = await start_peers(PEERS, stack, folder, f"http://127.0.0.1:{engine_port}", install=not quick)
-        results = [await measure(group, rounds, folder, peers, engine_port) for group in groups]
-    (paced, _), (each, _), (full, _) = results
-    fast = [*each, *full]
+        paced, each, full = [
+            await measure(group, rounds, folder, among, engine_port)
+            for group, among in zip(groups, (peers, peers.only(FAST), peers), strict=True)
+        ]
+    fast = [*each.figures, *full.figures]
     return {
-        "others_cores": max(others for _, others in results),
+        "others_cores": max(group.others_cores for group in (paced, each, full)),
         "rounds": rounds,
         "loads": [load for group in groups for load in group],
-        "paced": paced,
+        "paced": paced.figures,
         "fast": fast,
         "versions": peers.versions,
         "missing": peers.missing,
-        "aims": http_aims(paced, fast, FABRIC[OLLAMA.path]),
+        "aims": http_aims(paced.figures, fast, FABRIC[OLLAMA.path]),
     }
 
 

@@ -53,6 +53,7 @@ from common.protocol import (
     ERROR_TEXT_MAX,
     HEARTBEAT_INTERVAL_S,
     LIGHT,
+    OPERATION,
     SILENCE_S,
     VERSION,
     Accepted,
@@ -900,7 +901,8 @@ class BrokerCore:
         request = self._held(worker, message.rid, message.attempt)
         if request is None:
             return
-        if message.retryable and message.seq == request.start and self._can_start_anew(request):
+        again = message.retryable and request.digest != OPERATION  # who asked for an operation tries it again
+        if again and message.seq == request.start and self._can_start_anew(request):
             self._retry(request, message, payload, now, lives=True)
         else:
             self._fail(request, message, payload[:FAILURE_BYTES_MAX], now)
@@ -1047,7 +1049,7 @@ class BrokerCore:
             if failure.code is not Code.SHUTTING_DOWN:
                 request.failures += 1
             request.failed_on.add(request.worker.name)
-            again = request.failures < ATTEMPTS_MAX
+            again = request.failures < ATTEMPTS_MAX and request.digest != OPERATION
         self._end(request, replace(failure, resubmit=again), payload, now)
 
     def _stop(self, request: Request, code: Code, message: str, now: float) -> None:

@@ -42,7 +42,7 @@ CHUNK_BYTES_MAX: Final = 256 * 2**10
 ATTEMPTS_MAX: Final = 3
 LIGHT: Final = ""
 OPERATION: Final = "*"
-BESIDE_MAX: Final = {LIGHT: 8, OPERATION: 4}
+BESIDE_MAX: Final = {LIGHT: 8, OPERATION: 16}
 """Digests of leases that take no slot, and how many of their kind run on an engine at once."""
 
 
@@ -63,7 +63,8 @@ Attempt = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 """As `attempt_of` makes them, with room for one more."""
 Short = Annotated[str, msgspec.Meta(max_length=1024)]
 """What a queued request keeps beside its body is bounded too: the broker counts bodies only."""
-Name = Annotated[str, msgspec.Meta(max_length=256)]
+NAME_CHARS_MAX: Final = 256
+Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARS_MAX)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 """What is said to people."""
 ENGINES_MAX: Final = 64

@@ -128,6 +128,8 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await self._empty.wait()
+                while self._api.running:  # noqa: ASYNC110 - it is short, and nobody is in a hurry
+                    await asyncio.sleep(DRAIN_LOOK_S)
 
     async def _websocket(self, websocket: WebSocket) -> None:
         settings, metrics = self._services.settings, self._services.metrics

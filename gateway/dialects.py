@@ -37,8 +37,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 def status_of(failed: Failed) -> int:
-    """The engine's own status if it answered, else that of the code."""
-    return failed.status or STATUS.get(failed.code, 500)
+    """The engine's own status if it answered with one that HTTP knows, else that of the code."""
+    return failed.status if 400 <= failed.status < 600 else STATUS.get(failed.code, 500)
 
 
 def words_of(path: str, model: str, failed: Failed) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from common.errors import Code, FabricError
 from common.logs import Log
-from common.ollama import NDJSON, SSE
+from common.ollama import NDJSON, SSE, document
 from common.protocol import BODY_BYTES_MAX, End, Failed
 from gateway.dialects import RETRY_AFTER_S, STATUS, Dialect, status_of, words_of
 from gateway.keyring import Grant
@@ -24,6 +24,7 @@ from gateway.upstream import Upstream
 
 log = Log("gateway")
 
+HELD_BYTES_MAX: Final = 512 * 2**20
 JSON: Final = b"application/json; charset=utf-8"
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -46,12 +47,12 @@ class Call:
     light: bool = False
 
 
-async def read_body(receive: Receive) -> bytes:
+async def read_body(receive: Receive, ending: "Ending") -> bytes:
     """The whole body.
 
     Raises:
         Gone: the client left.
-        FabricError: TOO_LARGE.
+        FabricError: TOO_LARGE, or QUEUE_FULL, there is no room.
     """
     parts: list[bytes] = []
     size = 0
@@ -63,6 +64,7 @@ async def read_body(receive: Receive) -> bytes:
         size += len(part)
         if size > BODY_BYTES_MAX:
             raise FabricError(Code.TOO_LARGE, f"a request may have at most {BODY_BYTES_MAX} bytes")
+        ending.hold(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -82,8 +84,8 @@ async def answer(
 async def refuse(send: Send, dialect: Dialect, error: FabricError, retry_after_ms: int | None = None) -> None:
     """Answer with an error of our own."""
     status = STATUS.get(error.code, 500)
-    document = dialect.document(status, error.code, error.message)
-    await answer(send, status, document, retry_after_s=_retry_after_s(status, retry_after_ms))
+    body = dialect.document(status, error.code, error.message)
+    await answer(send, status, body, retry_after_s=_retry_after_s(status, retry_after_ms))
 
 
 def _retry_after_s(status: int, retry_after_ms: int | None) -> int | None:
@@ -92,13 +94,38 @@ def _retry_after_s(status: int, retry_after_ms: int | None) -> int | None:
     return RETRY_AFTER_S if retry_after_ms is None else math.ceil(retry_after_ms / 1000)
 
 
+class Room:
+    """The bytes that all requests and documents of a gateway may take together while they are incomplete."""
+
+    def __init__(self, bytes_max: int = HELD_BYTES_MAX) -> None:
+        self.bytes_left = bytes_max
+
+
 class Ending:
     """How the work on a request is ended from outside: its key was revoked, or the gateway ends."""
 
-    def __init__(self, grant: Grant) -> None:
+    def __init__(self, grant: Grant, room: Room) -> None:
         self.grant = grant
+        self._room = room
+        self._held = 0
         self._reason: FabricError | None = None
         self._tell: Callable[[FabricError], None] | None = None
+
+    def hold(self, size: int) -> None:
+        """So many bytes more are kept for the request, until `release`.
+
+        Raises:
+            FabricError: QUEUE_FULL, there is no room.
+        """
+        if size > self._room.bytes_left:
+            raise FabricError(Code.QUEUE_FULL, "this gateway holds all it can; try again later")
+        self._room.bytes_left -= size
+        self._held += size
+
+    def release(self) -> None:
+        """Nothing is kept any more."""
+        self._room.bytes_left += self._held
+        self._held = 0
 
     def end(self, reason: FabricError) -> None:
         """Now, or when the work begins. The first reason counts."""
@@ -127,6 +154,7 @@ class Exchange:
         self._metrics = metrics
         self._outbox_bytes_max = outbox_bytes_max
         self._stream: Stream | None = None
+        self._ending: Ending
         self._head = Begins(200, "application/json")
         self._streamed = False
         self._started = False
@@ -144,6 +172,7 @@ class Exchange:
             Gone: the client left.
         """
         ending.watch(self._end)
+        self._ending = ending
         stream = self._stream = self._upstream.submit(
             client=call.client,
             ref=call.ref,
@@ -180,6 +209,13 @@ class Exchange:
             rid, attempt = self._stream.submit.rid, self._stream.attempt
             self._hear(Over(Failed(rid=rid, attempt=attempt, code=reason.code, message=reason.message), b""))
 
+    def _hold(self, size: int) -> None:
+        try:
+            self._ending.hold(size)
+        except FabricError as error:
+            self._outbox.clear()
+            self._ending.end(error)
+
     def _hear(self, output: Output) -> None:
         match output:
             case Events():
@@ -187,7 +223,9 @@ class Exchange:
                 payload = output.payload if not output.skip else b"\n".join([*output.lines(), b""])
                 self._outbox.append(payload)
                 self._outbox_bytes += len(payload)
-                if self._streamed and self._outbox_bytes > self._outbox_bytes_max and not self._paused:
+                if not self._streamed:
+                    self._hold(len(payload))
+                elif self._outbox_bytes > self._outbox_bytes_max and not self._paused:
                     assert self._stream is not None
                     self._paused = True
                     self._metrics.pauses += 1
@@ -250,8 +288,9 @@ class Exchange:
             await send({"type": "http.response.body", "body": body})
             return
         retry_after_s = _retry_after_s(status, failed.retry_after_ms)
-        # What the engine answered itself is in its own words, and in its API's form.
-        body = payload if payload and failed.status else self._dialect.document(status, failed.code, text)
+        # What the engine answered itself is in its own words, and in its API's form; if it is JSON, and whole.
+        own = failed.status and document(payload) is not None
+        body = payload if own else self._dialect.document(status, failed.code, text)
         await answer(send, status, body, retry_after_s=retry_after_s)
 
 

@@ -23,13 +23,13 @@ from starlette.types import Scope as AsgiScope
 from common.errors import Code, FabricError
 from common.logs import Log
 from common.ollama import NDJSON, UNREADABLE
-from common.protocol import Host, full_name, short_name
+from common.protocol import NAME_CHARS_MAX, Host, full_name, short_name
 from gateway.dialects import STATUS
 from gateway.exchange import Ending, Gone, answer, read_body, until_gone
 from gateway.http_api import OLLAMA, Endpoint, HttpApi, fields_of
 from gateway.keyring import Grant
 from gateway.operations import TELL_S, Choice, Operation, Target, choose, refuse_eviction
-from gateway.store import MODEL_CHARS_MAX, Scope, Store, StoreError
+from gateway.store import Scope, Store, StoreError
 from gateway.websocket import Services
 
 log = Log("gateway")
@@ -46,7 +46,7 @@ class _Request(Choice):
     source: str = ""
     destination: str = ""
     from_: str = msgspec.field(name="from", default="")
-    stream: bool = True
+    stream: bool | None = True
     keep_alive: int | str = -1
 
 
@@ -88,7 +88,7 @@ class FleetApi:
 
     async def _operate(self, path: str, ending: Ending, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Do what a request asks."""
-        body = await read_body(receive)
+        body = await read_body(receive, ending)
         job = self._job(path, body, await self._api.hosts())
         for model in job.models:
             if not ending.grant.allows_model(model):
@@ -106,8 +106,8 @@ class FleetApi:
         if path == "/api/copy":
             names = (request.source, request.destination)
         models = tuple(full_name(name) for name in names if name)
-        if not names[0] or any(len(model) > MODEL_CHARS_MAX for model in models):
-            raise FabricError(Code.INVALID_MESSAGE, f"model is required, with at most {MODEL_CHARS_MAX} characters")
+        if not names[0] or any(len(model) > NAME_CHARS_MAX for model in models):
+            raise FabricError(Code.INVALID_MESSAGE, f"model is required, with at most {NAME_CHARS_MAX} characters")
         model, method, streams = models[0], "POST", False
         rest: dict[str, Any] = {key: value for key, value in fields.items() if key not in _CHOICE}
         match path:
@@ -136,7 +136,7 @@ class FleetApi:
                 method = "DELETE" if path == "/api/delete" else "POST"
         rest |= {"stream": True} if streams else {}
         action = path.rpartition("/")[2]
-        return _Job(action, method, path, _encode(rest), targets, models, streams and request.stream)
+        return _Job(action, method, path, _encode(rest), targets, models, streams and request.stream is not False)
 
     def _having(self, hosts: tuple[Host, ...], choice: Choice, model: str) -> list[Target]:
         targets = choose(hosts, choice, model)

@@ -33,7 +33,7 @@ from common.protocol import Host, full_name, short_name
 from gateway import catalogue
 from gateway.catalogue import Catalogue
 from gateway.dialects import Anthropic, Dialect, Ollama, OpenAI
-from gateway.exchange import Call, Ending, Exchange, Gone, read_body, refuse
+from gateway.exchange import Call, Ending, Exchange, Gone, Room, read_body, refuse
 from gateway.keyring import Grant, Keyring
 from gateway.store import MODEL_CHARS_MAX, MODELS, SCOPES, Scope, StoreError, token_digest
 from gateway.websocket import Services
@@ -93,6 +93,7 @@ class HttpApi:
         self._keyring = keyring
         self._catalogue = Catalogue(services.upstream)
         self._running: set[Ending] = set()
+        self._room = Room()
         self.draining = False
 
     @property
@@ -173,12 +174,13 @@ class HttpApi:
         try:
             if self.draining:
                 raise FabricError(Code.SHUTTING_DOWN, "this gateway is shutting down; connect again")
-            ending = Ending(await self.grant(scope, wanted))
+            ending = Ending(await self.grant(scope, wanted), self._room)
             self._running.add(ending)  # in the same turn: a revocation was seen by the one or finds the other
             try:
                 await work(ending, scope, receive, send)
             finally:
                 self._running.discard(ending)
+                ending.release()
         except FabricError as error:
             self._services.metrics.errors[error.code] += 1
             await refuse(send, dialect, error)
@@ -190,7 +192,7 @@ class HttpApi:
     ) -> None:
         """Hand a request to an engine."""
         services, grant = self._services, ending.grant
-        body = await read_body(receive)
+        body = await read_body(receive, ending)
         asked = _model_of(body)
         if not grant.allows_model(asked):
             raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(asked)!r}")
@@ -320,6 +322,9 @@ def _token(scope: AsgiScope) -> str:
     return _header(scope, b"x-api-key") or ""
 
 
+_OF_PROXIES: Final = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+
+
 def _is_local(scope: AsgiScope) -> bool:
     """Whether a request comes from this very machine, and no web page from elsewhere is behind it."""
     peer = scope.get("client")
@@ -327,7 +332,7 @@ def _is_local(scope: AsgiScope) -> bool:
     return (
         peer is not None
         and _is_loopback(peer[0])
-        and not any(_header(scope, name) is not None for name in (b"forwarded", b"x-forwarded-for", b"x-real-ip"))
+        and not any(_header(scope, name) is not None for name in _OF_PROXIES)
         and _is_loopback(_hostname(f"//{_header(scope, b'host') or ''}"))
         and (origin is None or _is_loopback(_hostname(origin)))
     )

@@ -22,7 +22,7 @@ import msgspec
 from common.errors import Code, FabricError
 from common.ollama import SUCCESS, UNREADABLE
 from common.protocol import Count, End, Failed, Host, engine_name
-from gateway.session import Events, Output, Over, Stream
+from gateway.session import Events, Output, Over, Stream, Waits
 from gateway.upstream import Upstream
 
 TELL_S: Final = 0.1
@@ -240,6 +240,8 @@ class Operation:
                 if not lacking and (why := self.progress.lacks_room(target)):
                     lacking.append(why)
                     self._upstream.cancel(stream, why)
+            elif isinstance(output, Waits):
+                self.progress.take(target, Line(status=f"{target.host}: waiting for other operations there"))
             elif isinstance(output, Over) and not over.done():
                 over.set_result(output)
 
@@ -256,6 +258,8 @@ class Operation:
             return "", False
         if lacking:
             return lacking[0], False
+        if terminal.code is Code.MODEL_NOT_FOUND and not terminal.status:
+            return "the host is away", True  # what stands for it in place of a model means nothing to people
         return terminal.message, _may_pass(terminal)
 
     def _submit(self, target: Target, hear: Callable[[Output], None]) -> Stream:

@@ -484,6 +484,9 @@ class DefendedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        if self.pipeline:
+            # uvicorn reads no further until the request before is answered: it would not see its client leave.
+            self.flow.resume_reading()
         self._in_head = False
         self._since = self.loop.time()
 

@@ -15,7 +15,7 @@ from common.config import is_loopback
 from common.errors import ProcessError, UnreachableError, UsageError
 from common.logs import Log
 from common.ollama import UNREADABLE
-from common.protocol import ENTRY_BYTES_MAX, Count, Engine, Model
+from common.protocol import COUNT_MAX, ENTRY_BYTES_MAX, NAME_CHARS_MAX, Engine, Model
 from workers.http import HttpClient
 from workers.settings import EngineAddress
 
@@ -27,6 +27,8 @@ ANSWER_BYTES_MAX: Final = 2**20
 LIST_BYTES_MAX: Final = 8 * 2**20
 """A list of models: about 20,000."""
 GIB: Final = 2**30
+RUNNING_TOLD_S: Final = 30.0
+"""How old what is told of a model in memory may be, as long as nothing else changes."""
 SHOWS_PER_POLL_MAX: Final = 32
 """Models looked at closely per poll; of the others the family tells until their turn comes."""
 START_INTERVAL_S: Final = 0.1
@@ -56,7 +58,7 @@ class _Listed(msgspec.Struct):
 
     name: str
     digest: str = ""
-    size: Count = 0
+    size: int = 0
     details: _Details = msgspec.field(default_factory=_Details)
 
 
@@ -67,7 +69,9 @@ class _List(msgspec.Struct):
     def read(cls, answer: bytes) -> list[tuple[_Listed, bytes]]:
         """Each entry, and how it reads."""
         entries = [bytes(entry) for entry in msgspec.json.decode(answer, type=cls).models or ()]
-        return [(msgspec.json.decode(entry, type=_Listed), entry) for entry in entries]
+        found = [(msgspec.json.decode(entry, type=_Listed), entry) for entry in entries]
+        # A name that no message can carry must not cost the host all its models.
+        return [(model, entry) for model, entry in found if max(len(model.name), len(model.digest)) <= NAME_CHARS_MAX]
 
 
 class _Show(msgspec.Struct):
@@ -109,6 +113,8 @@ class Backend:
         self._interval_s = interval_s
         self._poll_now = asyncio.Event()
         self._embedding: dict[str, bool] = {}  # by digest, of listed models only
+        self._told = self.engine
+        self._told_at = 0.0
 
     async def __aenter__(self) -> "Backend":
         return self
@@ -137,7 +143,7 @@ class Backend:
             answered = answered or self.engine.up
 
     async def poll(self) -> bool:
-        """Ask the engine what it is and serves; True if `engine` changed."""
+        """Ask the engine what it is and serves; True if `engine` changed and others should know."""
         before = self.engine
         try:
             self.engine = await self._ask()
@@ -149,7 +155,13 @@ class Backend:
             log("engine up", url=self.engine.url, kind=self.engine.kind, models=len(self.engine.models))
         elif self.engine.error and self.engine.error != before.error:
             log.warn("engine down", url=self.engine.url, error=self.engine.error)
-        return self.engine != before
+        now = asyncio.get_running_loop().time()
+        if _lasting(self.engine) == _lasting(self._told) and (
+            self.engine == self._told or now - self._told_at < RUNNING_TOLD_S
+        ):
+            return False
+        self._told, self._told_at = self.engine, now
+        return True
 
     def _down(self, why: str) -> Engine:
         # The models stay listed: what the host would serve is worth knowing while it is down.
@@ -178,7 +190,7 @@ class Backend:
             digest=digest,
             # Ollama forces embedding models to one request at a time (server/sched.go).
             slots=1 if embedding else self.address.slots,
-            size_bytes=listed.size,
+            size_bytes=min(max(listed.size, 0), COUNT_MAX),
             embedding=embedding,
             resident=digest in running,
             listed=_bounded(entry),
@@ -227,6 +239,12 @@ def _disk_free_bytes(url: str) -> int | None:
         with contextlib.suppress(OSError):
             return shutil.disk_usage(place).free // GIB * GIB
     return None
+
+
+def _lasting(engine: Engine) -> Engine:
+    """Without what changes with every request: until when a model is kept."""
+    models = tuple(msgspec.structs.replace(model, running=b"") for model in engine.models)
+    return msgspec.structs.replace(engine, models=models)
 
 
 def _bounded(entry: bytes) -> bytes:

@@ -4,13 +4,18 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from common.errors import Code, FabricError
+from gateway.exchange import Ending, Room
+from gateway.http_api import ANONYMOUS
 from gateway.store import Store
 from tests.fabric import Fabric
 from workers.embedded.simulated import Settings
@@ -118,6 +123,8 @@ def test_a_model_that_is_nowhere(http: httpx.Client, engine: httpx.Client, path:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (b'{"model":"llama2","MODEL":"other"}', "write 'model', not 'MODEL'"),
+        ('{"model":"llama2","\u017fource":"x"}'.encode(), "write 'source'"),
         (b"{", "not the JSON"),
         (b"[]", "not the JSON"),
         (b"{}", "model is required"),
@@ -181,6 +188,32 @@ def test_a_reader_who_is_slow_gets_every_line(tmp_path: Path) -> None:
         numbered = [json.loads(line) for line in (first, *lines)]
     assert len(numbered) == 30_001
     assert numbered[-1]["eval_count"] == 30_000
+
+
+def test_whoever_asked_twice_and_left_stops_the_engine(fabric: Fabric) -> None:
+    """uvicorn reads no further while a second request waits, so it would not see that its client left."""
+    body = json.dumps({**GENERATE, "stream": False, "options": ENDLESS}).encode()
+    head = b"POST /api/generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+    address = urlsplit(fabric.http_url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(head + body)
+        fabric.until(lambda: fabric.busy() == 1, "it runs")
+        connection.sendall(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    fabric.until(lambda: fabric.busy() == 0, "the engine is idle")
+
+
+async def test_what_is_held_has_a_bound_together() -> None:
+    """Requests that are not complete, and documents."""
+    room = Room(10)
+    one, other = Ending(ANONYMOUS, room), Ending(ANONYMOUS, room)
+    one.hold(6)
+    with pytest.raises(FabricError) as error:
+        other.hold(5)
+    assert error.value.code is Code.QUEUE_FULL
+    one.release()
+    other.hold(10)
+    one.release()
+    assert room.bytes_left == 0
 
 
 # What clients look for ------------------------------------------------------------------------------------------------
@@ -325,6 +358,9 @@ def test_a_revoked_key_is_refused_and_its_stream_ends(closed: Fabric, store: Sto
         {"origin": "https://evil.example"},
         {"x-forwarded-for": "10.0.0.9"},
         {"forwarded": "for=10.0.0.9"},
+        {"via": "1.1 proxy"},
+        {"host": "["},
+        {"origin": "http://["},
     ],
 )
 def test_nobody_from_elsewhere_is_anonymous(http: httpx.Client, headers: dict[str, str]) -> None:

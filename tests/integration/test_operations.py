@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from cli.main import main
 from gateway import operations
 from gateway.store import Store
 from tests.fabric import Fabric
@@ -124,14 +125,99 @@ def test_one_host_that_fails_for_good_is_named(
     assert hosts_with(fabric, "partly") == [2, 3]
 
 
-def test_whoever_leaves_stops_the_pull(fabric: Fabric, http: httpx.Client) -> None:
-    for engine in (1, 2, 3):
-        inject(fabric, engine, "hang", "left", after=2)
-    with http.stream("POST", "/api/pull", json={"model": "left"}) as response:
+def under_way(fabric: Fabric) -> int:
+    """Pulls that the engines work on."""
+    return sum(backend.library.under_way for backend in fabric.backends if backend.library)
+
+
+@contextlib.contextmanager
+def hanging(fabric: Fabric, http: httpx.Client, model: str) -> Iterator[Iterator[str]]:
+    """A pull that hangs on every host; its lines."""
+    for engine in range(1, len(fabric.backends) + 1):
+        inject(fabric, engine, "hang", model, after=2)
+    with http.stream("POST", "/api/pull", json={"model": model}) as response:
         reading = response.iter_lines()
         next(reading)
+        fabric.until(lambda: under_way(fabric) == len(fabric.backends), "they pull")
+        yield reading
+
+
+def test_whoever_leaves_stops_the_pull(fabric: Fabric, http: httpx.Client) -> None:
+    with hanging(fabric, http, "left"):
+        pass
+    fabric.until(lambda: under_way(fabric) == 0, "nobody pulls for nobody")
     fabric.until(lambda: outcome(fabric, "left") == "stopped by the client", "it is written down")
     assert lines(http.post("/api/pull", json={"model": "left"}))[-1] == {"status": "success"}
+
+
+def test_a_revoked_key_ends_its_operations(fabric: Fabric) -> None:
+    with contextlib.closing(Store.open(fabric.folder)) as store:
+        token, secret = store.add_token("revoked-ops", scopes=WRITE)
+        headers = {"authorization": f"Bearer {secret}"}
+        with (
+            httpx.Client(base_url=fabric.http_url, headers=headers, trust_env=False, timeout=20) as http,
+            hanging(fabric, http, "revoked") as reading,
+        ):
+            store.revoke_token(token.id)
+            last = json.loads(list(reading)[-1])
+    assert (last["error"], last["code"]) == ("this key was revoked", "CANCELLED")
+    assert outcome(fabric, "revoked") == "this key was revoked"
+    fabric.until(lambda: under_way(fabric) == 0, "nobody pulls for it any more")
+
+
+def test_a_gateway_that_ends_tells_of_its_operations(tmp_path: Path) -> None:
+    with Fabric(tmp_path, engines=[Settings(pull_bytes=1000)]) as ending:
+        with (
+            httpx.Client(base_url=ending.http_url, headers=key(ending), trust_env=False, timeout=20) as http,
+            hanging(ending, http, "cut") as reading,
+        ):
+            ending.stop("gateway-0", hurry=True)
+            assert json.loads(list(reading)[-1])["code"] == "SHUTTING_DOWN"
+        assert outcome(ending, "cut") == "this gateway is shutting down"
+        ending.until(lambda: under_way(ending) == 0, "its operation ends with it")
+
+
+def test_a_host_that_drains_is_left_out_and_not_waited_for(fabric: Fabric, http: httpx.Client) -> None:
+    assert fabric.addresses is not None
+    broker = ["--broker", fabric.addresses.gateways]
+    assert main(["drain", "worker-3", *broker]) == 0
+    try:
+        fabric.until(lambda: draining(http) == {"worker-3"}, "it is seen")
+        refused = http.post("/api/pull", json={"model": "m", "hosts": ["worker-3"]})
+        assert (refused.status_code, refused.json()["error"]) == (
+            404,
+            "worker-3 drains; `weftline resume worker-3` ends that",
+        )
+        assert lines(http.post("/api/pull", json={"model": "undrained"}))[-1] == {"status": "success"}
+        assert hosts_with(fabric, "undrained") == [1, 2]
+    finally:
+        assert main(["resume", "worker-3", *broker]) == 0
+    fabric.until(lambda: draining(http) == set(), "it is back")
+
+
+def draining(http: httpx.Client) -> set[str]:
+    models = http.get("/fabric/models").json()["models"]
+    return {entry["host"] for model in models for entry in model["hosts"] if entry["draining"]}
+
+
+def test_what_has_ended_is_known_at_once(http: httpx.Client) -> None:
+    for number in range(5):
+        assert http.post("/api/pull", json={"model": f"next{number}", "stream": False}).is_success
+        assert http.post("/api/generate", json={"model": f"next{number}", "prompt": "p"}).is_success
+        assert http.post("/api/copy", json={"source": f"next{number}", "destination": "again"}).is_success
+        assert http.request("DELETE", "/api/delete", json={"model": "again"}).is_success
+        assert http.request("DELETE", "/api/delete", json={"model": "again"}).status_code == 404
+
+
+def test_what_fails_is_asked_as_often_as_is_said(
+    fabric: Fabric, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "BACKOFF_S", 0.01)
+    inject(fabric, 1, "http_500", "counted", count=100)
+    body = {"model": "counted", "hosts": ["worker-1"], "stream": False}
+    assert http.post("/api/pull", json=body).status_code == 500
+    (left,) = [fault.count for fault in fabric.backends[0].faults.pending if fault.model == "counted"]
+    assert left == 100 - operations.TRIES_MAX
 
 
 def outcome(fabric: Fabric, model: str) -> str:
@@ -163,7 +249,6 @@ def test_copy_and_delete(fabric: Fabric, http: httpx.Client) -> None:
 
 
 def having(http: httpx.Client, model: str) -> list[str]:
-    time.sleep(0.02)
     models = http.get("/fabric/models").json()["models"]
     return [entry["host"] for found in models if found["name"] == model for entry in found["hosts"]]
 
@@ -181,7 +266,9 @@ def test_a_model_is_kept_in_memory_and_let_go(fabric: Fabric, http: httpx.Client
 
 @pytest.mark.parametrize("path", ["/api/pull", "/api/push", "/api/create", "/api/copy", "/fabric/load"])
 def test_bad_requests(http: httpx.Client, path: str) -> None:
-    for body in (b"{", b"{}", b'{"model":7}'):
+    long = json.dumps({"model": "m" * 257, "source": "m" * 257}).encode()
+    named = b'{"model":"mine","source":"mine","%b":"yours"}'
+    for body in (b"{", b"{}", b'{"model":7}', b'{"model":"m","copies":0}', long, named % b"Model", named % b"FROM"):
         assert http.post(path, content=body).status_code == 400
     assert http.post(path, json={"model": "m", "source": "m", "hosts": ["nowhere"]}).status_code == 404
 

@@ -49,6 +49,8 @@ class Library:
         self._faults = faults
         self._make = make
         self._pulled: dict[str, int] = {}
+        self.under_way = 0
+        """Pulls."""
 
     def routes(self) -> list[Route]:
         return [
@@ -70,6 +72,14 @@ class Library:
         return Response(encode(last), 500 if "error" in last else 200, media_type="application/json")
 
     async def _progress(self, name: str, fault: Fault | None) -> AsyncIterator[dict[str, Any]]:
+        self.under_way += 1
+        try:
+            async for line in self._lines(name, fault):
+                yield line
+        finally:
+            self.under_way -= 1
+
+    async def _lines(self, name: str, fault: Fault | None) -> AsyncIterator[dict[str, Any]]:
         settings = self._settings
         yield {"status": "pulling manifest"}
         if name.startswith("missing"):

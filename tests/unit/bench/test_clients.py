@@ -135,8 +135,9 @@ def test_events_are_taken_wherever_they_are_cut() -> None:
     ("reply", "text"),
     [
         (b'HTTP/1.1 503 Busy\r\ncontent-length: 13\r\n\r\n{"a": 1}\n{"b"', r"503 was answered.*\"a\": 1"),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n<html>\n\n", r"cannot be read"),
-        (b"SSH-2.0\r\n\r\n", r"cannot be read"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n<html>\n\n", r"no stream of tokens"),
+        (b"SSH-2.0\r\n\r\n", r"no stream of tokens"),
+        (b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"error": "it broke"}\n', r"it broke"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n", r"closed the connection"),
     ],
 )
@@ -151,6 +152,11 @@ async def test_anything_else_over_http_is_an_error(reply: bytes, text: str) -> N
         async with clients.over_http(url, 1) as generate:
             with pytest.raises(BenchError, match=text):
                 await generate(1)
+
+
+def test_an_event_that_tells_of_an_error_is_one() -> None:
+    with pytest.raises(BenchError, match=r"\{\"message\": \"no room\"\}"):
+        clients.OPENAI.take(clients.Answer(0.0), b'data: {"error": {"message": "no room"}}\n\n')
 
 
 async def test_websocket_frames_of_all_sizes_and_pings(key: Path) -> None:

@@ -53,6 +53,7 @@ def test_the_last_words_of_a_stream() -> None:
 def test_the_engines_own_status_counts() -> None:
     assert status_of(failed(Code.INVALID_MESSAGE, status=422)) == 422
     assert status_of(failed(Code.NO_WORKERS)) == 503
+    assert status_of(failed(Code.BACKEND_ERROR, status=999)) == 502, "no HTTP server could say that"
     assert status_of(failed(Code.RESUME_GAP)) == 500
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from common.protocol import Engine, Model
+from common.protocol import COUNT_MAX, Engine, Model
+from workers import ollama as module
 from workers.ollama import LIST_BYTES_MAX, SHOWS_PER_POLL_MAX, Backend
 from workers.settings import EngineAddress
 
@@ -198,3 +199,27 @@ async def test_an_engine_that_starts_with_its_worker_is_not_waited_for_a_whole_i
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
     assert [model.name for model in backend.engine.models] == ["m"]
+
+
+async def test_how_long_a_model_is_kept_is_no_news_every_time(
+    ollama: Ollama, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes with every request; the whole state of the host would travel every two seconds."""
+    ollama.models = [listed("a", "d1")]
+    ollama.resident = [listed("a", "d1") | {"expires_at": "1"}]
+    assert await backend.poll()
+    ollama.resident = [listed("a", "d1") | {"expires_at": "2"}]
+    assert not await backend.poll()
+    monkeypatch.setattr(module, "RUNNING_TOLD_S", 0.0)
+    assert await backend.poll()
+    assert b'"2"' in backend.engine.models[0].running
+    assert not await backend.poll()
+    ollama.resident = []
+    assert await backend.poll(), "it is out of memory"
+
+
+async def test_what_no_message_can_carry_costs_the_host_nothing_else(ollama: Ollama, backend: Backend) -> None:
+    ollama.models = [listed("n" * 257, "d1"), listed("fine", "d2") | {"size": 2**70}, listed("too", "d" * 257)]
+    assert await backend.poll()
+    (model,) = backend.engine.models
+    assert (model.name, model.size_bytes) == ("fine", COUNT_MAX)
