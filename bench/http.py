@@ -49,7 +49,7 @@ def loads(*, quick: bool) -> tuple[list[Load], list[Load], list[Load]]:
     full = Load(
         name="16 at full speed",
         streams=16,
-        tokens=200 if quick else 500,
+        tokens=500,
         tokens_per_s=0,
         window_s=0.5 if quick else 0.8,
         # The slowest proxy takes seconds for its first streams: all first tokens count.

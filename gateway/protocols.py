@@ -28,6 +28,7 @@ ones in UTF-8. `trusted` says that from now on the peer may send long messages.
 """
 
 import asyncio
+import re
 import socket
 import struct
 from collections.abc import Iterable
@@ -403,6 +404,20 @@ _SHORT_HEADS = tuple(
 )
 
 
+_H2C = re.compile(rb"\r\nupgrade:([ \t]*h2c[ \t]*\r\n)", re.IGNORECASE)
+
+
+def _without_h2c(data: bytes) -> bytes:
+    """What begins with a request's head, its wish for HTTP/2 overlooked (RFC 9110 §7.8 allows it).
+
+    Java's HttpClient has that wish with every request, and the parser would stop behind the head and lose the body.
+    """
+    end = data.find(b"\r\n\r\n") + 2
+    if end < 2 or b"h2c" not in data[:end]:
+        return data
+    return _H2C.sub(rb"\r\nx-upgrade:\1", data[:end], count=1) + data[end:]
+
+
 class DefendedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with the bounds of the module's docstring; idleness between requests stays uvicorn's.
 
@@ -455,6 +470,8 @@ class DefendedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._timer is None:
             self._await_request()
+        if not self._in_request:
+            data = _without_h2c(data)
         for start in range(0, len(data), SLICE):
             piece = data[start : start + SLICE]
             if self._in_head:

@@ -202,6 +202,25 @@ def test_whoever_asked_twice_and_left_stops_the_engine(fabric: Fabric) -> None:
     fabric.until(lambda: fabric.busy() == 0, "the engine is idle")
 
 
+def test_a_client_that_would_like_http2_is_answered_in_http1(fabric: Fabric) -> None:
+    """As Java's HttpClient asks, on a connection that it keeps."""
+    body = json.dumps({**GENERATE, "stream": False}).encode()
+    head = (
+        b"POST /api/generate HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHost: localhost\r\n"
+        b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+    )
+    address = urlsplit(fabric.http_url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        for _ in range(2):
+            connection.sendall(head + body)
+            answered = b""
+            while not answered.endswith(b"}"):
+                answered += connection.recv(65536)
+            assert answered.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert json.loads(answered.partition(b"\r\n\r\n")[2])["done"]
+
+
 async def test_what_is_held_has_a_bound_together() -> None:
     """Requests that are not complete, and documents."""
     room = Room(10)
