@@ -79,7 +79,7 @@ async def run(load: Load, generate: Generate, target: Fabric) -> Run:
     """One run of one client.
 
     Raises:
-        BenchError: a stream failed, or brought other tokens than the engine's.
+        BenchError: a stream failed, or brought other tokens than the engine's, or there is nothing to judge by.
     """
     answers: list[Answer] = []
     running = True
@@ -109,7 +109,10 @@ async def run(load: Load, generate: Generate, target: Fabric) -> Run:
         if "".join(answer.tokens) != expected:
             raise BenchError(f"a stream brought other tokens than the engine's: {''.join(answer.tokens)[:200]!r}")
     asked_from_s = began_s if load.firsts_of_warm_up else from_s
-    return run_of(answers, from_s, to_s, before, after, asked_from_s=asked_from_s)
+    result = run_of(answers, from_s, to_s, before, after, asked_from_s=asked_from_s)
+    if not (result.first_ms and result.gaps_ms):
+        raise BenchError(f"no stream began, or none went on, in a window of {load.window_s:g} s")
+    return result
 
 
 async def measure(loads: Sequence[Load], rounds: int, folder: Path) -> tuple[list[Figures], float]:

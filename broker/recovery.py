@@ -7,9 +7,9 @@ order and each at its own time; `agrees` and `believes` decide what comes of it,
 - **What the client has had decides.** An attempt whose events do not follow from what was passed on is no good, however
   high: it would put two texts together. A claim does not tell where its attempt began; so one that the gateway does
   not name is believed only while nothing was passed on.
-- **Between an attempt of ours and one of another broker's that is as high, the gateway decides**: it may have followed
-  the other. Until it speaks, or the window closes, the claim waits (`disputed`): it may have the only copy of its
-  events.
+- **Between our attempts and another broker's the gateway decides**: their ordinals tell nothing about each other. As long
+  as it has named none of the other's, it may have followed it without our knowing. Until it speaks, or the window
+  closes, the claim waits (`disputed`), as it may have the only copy of its events.
 - **The window** is open for `recover_s` after the broker met its first peer, and after every trace of another broker.
   While it is open a claim without a request is taken up, a cancel or an end leaves a tombstone, so that a late claim is
   cancelled too, and a client that looks for an unknown request waits. Beyond it whatever is unknown is over.
@@ -73,8 +73,9 @@ class Window:
 
     def dispute(self, request: Request, worker: Worker, claim: Claim, now: float) -> bool:
         """Keep a claim until its gateway has spoken; False: there is nothing to decide, or there are too many."""
-        rivals = self.made_here(request.attempt) and not self.made_here(claim.attempt)
-        if not rivals or ordinal_of(claim.attempt) < request.ordinal or len(self.disputed) >= DISPUTED_MAX:
+        named = request.submit.attempt
+        open_ = request.holder and (not named or self.made_here(named)) and not self.made_here(claim.attempt)
+        if not open_ or len(self.disputed) >= DISPUTED_MAX:
             return False
         self.trace(now)
         self.disputed.setdefault(claim.rid, {})[claim.attempt] = worker, claim

@@ -215,8 +215,12 @@ class Link:
                 if entry is None:
                     self._on_foreign(message, rid)
                 elif isinstance(message, Detached):
-                    for handed, body in self._let_go(rid):
+                    del self._streams[rid]
+                    self._due.pop(rid, None)
+                    for handed, body in entry[0].hand_over():
                         self._tell(handed, body)
+                    entry[0].forget_history()
+                    entry[1](Moved())
                 else:
                     self._carry_out(entry[0], entry[0].handle(message, payload, now))
 
@@ -298,25 +302,19 @@ class Link:
             attachment.answered(None, None)
         elif attachment.waits():
             # Only now it changes hands: a client that has gone on to another gateway must not lose it there.
-            handed = self._let_go(submit.rid) if submit.rid in self._streams else []
+            former, _ = self._streams.get(submit.rid, (None, None))
             body, events = payload[: submit.body_bytes], payload[submit.body_bytes :]
             stream = Stream(submit, body, now, histories=self._histories, wanted=attachment.wanted, events=events)
+            if former is not None:
+                self._streams[submit.rid][1](Moved())
             self._streams[submit.rid] = stream, attachment.sink
+            self._due.pop(submit.rid, None)
             self._carry_out(stream, stream.submission(now))
             attachment.answered(stream, None)
             self._carry_out(stream, stream.seed())
-            for known, known_payload in handed:
-                if submit.rid in self._streams:
-                    self._carry_out(stream, stream.handle(known, known_payload, now))
-
-    def _let_go(self, rid: bytes) -> list[tuple[Message, bytes]]:
-        """The stream goes on elsewhere; what is handed over to it."""
-        stream, sink = self._streams.pop(rid)
-        self._due.pop(rid, None)
-        handed = stream.hand_over()
-        stream.forget_history()
-        sink(Moved())
-        return handed
+            if former is not None:
+                self._carry_out(stream, stream.take_over(former, now))
+                former.forget_history()
 
     def _on_foreign(self, message: Message, rid: bytes) -> None:
         """Of a request that is over here."""

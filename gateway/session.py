@@ -11,6 +11,8 @@ Rules
   arrived, else as a continuation. For that the stream keeps the events it passed on, up to HISTORY_BYTES_MAX; without
   them, or if the job cannot be continued (common/continuation.py), the failure is the terminal.
 - A stream whose last line has come is complete, whatever became of its host: a failure after it is an end.
+- What was said before a submission counts no more: until the broker has answered it with `accepted`, it may speak of
+  what it held before, of an attempt that does not go on from what this stream has.
 - `ack` follows the terminal, always, so that the worker can forget the request.
 - While the client reads too slowly (`pause`), events are let go; `unpause` asks for them again. The worker has them.
 - A stream that was resumed starts again at event 0, so that it has all it needs to continue; what its client has
@@ -166,6 +168,7 @@ class Stream:
         self.first_event_at: float | None = None
         self.absent_since: float | None = None
         self._begun = False
+        self._awaits = False
         self._paused = False
         self._cancelled: str | None = None
         self._lost = submit.lost
@@ -192,6 +195,7 @@ class Stream:
         self._replays_fruitless = 0
         if self._cancelled is not None:
             return [self._cancellation(self._cancelled)]
+        self._awaits = True
         waited_ms = int((now - self.submitted_at) * 1000)
         deadline = self.submit.deadline_ms
         continues = self._lost and self.next_seq > 0
@@ -219,10 +223,21 @@ class Stream:
 
     def handle(self, message: Message, payload: bytes, now: float) -> list[Output]:
         """Take in a message about this request."""
+        return [] if self._awaits and self._is_from_before(message) else self._take_in(message, payload, now)
+
+    def take_over(self, former: "Stream", now: float) -> list[Output]:
+        """Go on from what the stream has that this one takes the place of, here in this gateway."""
+        out: list[Output] = []
+        for message, payload in former.hand_over():
+            out += self._take_in(message, payload, now)
+        return out
+
+    def _take_in(self, message: Message, payload: bytes, now: float) -> list[Output]:
         match message:
             case Chunk():
                 return self._on_chunk(message, payload, now)
             case Accepted():
+                self._awaits = False
                 if self.phase is Phase.SUBMITTED:
                     self.phase = Phase.WAITING
             case Queued():
@@ -248,6 +263,12 @@ class Stream:
             case End() | Failed():
                 return self._on_terminal(message, payload, now)
         return []
+
+    def _is_from_before(self, message: Message) -> bool:
+        """Whether it is no answer to the submission: that is `accepted`, or the end of what was submitted."""
+        if isinstance(message, End | Failed):
+            return self._cancelled is None and message.attempt not in (0, self.attempt)
+        return not isinstance(message, Accepted)
 
     def cancel(self, reason: str) -> list[Output]:
         """Stop the request; it ends with the broker's `failed` CANCELLED, or with whatever comes first."""

@@ -69,6 +69,17 @@ async def test_right_tokens_are_counted() -> None:
     assert abs(found.tokens - 5 * len(found.first_ms)) <= 5
 
 
+async def test_a_window_without_a_stream_is_no_measurement() -> None:
+    async def generate(count: int) -> Answer:
+        answer = Answer(perf_counter())
+        await asyncio.sleep(1)
+        answer.came_s, answer.tokens = [perf_counter()] * count, [transcript(PROMPT, 0, count)]
+        return answer
+
+    with pytest.raises(BenchError, match="no stream began"):
+        await run(a_load(1), generate, Idle("", "", Path(), "", {}))
+
+
 async def test_a_part_that_does_not_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"(?s)engine ended at its start.*slots"):
         async with fabric.running(tmp_path, tokens_per_s=1, slots=0):

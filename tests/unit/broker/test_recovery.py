@@ -383,6 +383,21 @@ def test_between_our_attempt_and_another_brokers_the_gateway_decides(h: Harness,
     assert h.core._window.disputed == {}
 
 
+def test_a_claim_waits_however_often_we_have_tried_meanwhile(h: Harness) -> None:
+    """And however often it is made: a cancel would be for the only copy."""
+    assign = running(h, events=0)
+    claims = [claim_of(R1, FIRST, 5, ended=True)]
+    h.worker("w2", engine("n:latest"), claims=claims)
+    for _ in range(2):
+        h.failed(R1, assign.attempt, retryable=True)
+        assign = h.assigned()
+        h.worker("w2", engine("n:latest"), claims=claims)
+    assert ordinal_of(assign.attempt) == 3
+    assert h.told(Cancel, b"w2") == []
+    resubmit(h, attempt=FIRST, next_seq=3)
+    assert (worker_of(h), h.request(R1).attempt) == ("w2", FIRST)
+
+
 def test_a_claim_that_waits_may_go_on(h: Harness) -> None:
     """What it says meanwhile goes to nobody; it is asked for when its gateway has spoken."""
     running(h, events=1)

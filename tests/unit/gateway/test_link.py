@@ -115,6 +115,10 @@ class Rig:
     def attachment(self, who: Client, ref: str, wanted: int = 0) -> Attachment:
         return Attachment("c", ref, wanted, who.hear, who.answered, lambda: who.there)
 
+    def accept(self, ref: str = "r", broker: int = 0) -> None:
+        """The broker's answer to a submission; before it, nothing it says of the stream counts."""
+        self.hear(Accepted(rid=rid_of(ref)), broker=broker)
+
     def chunk(self, seq: int, n: int = 1, ref: str = "r") -> list[Tell]:
         return self.hear(Chunk(rid=rid_of(ref), attempt=A1, seq=seq, n=n), lines(seq, n))
 
@@ -430,6 +434,7 @@ def test_a_sink_may_call_back_in() -> None:
 
     submit = Submit(rid=rid_of("r"), client="c", ref="r", model="m", path="/api/generate")
     stream = rig.link.submit(submit, BODY, sink, rig.now)
+    rig.accept()
     rig.hear(Leased(rid=rid_of("r"), attempt=A1, worker="w", engine="e"))
     rig.end(1)
     rig.chunk(0)
@@ -457,6 +462,7 @@ def test_a_client_comes_back_to_this_gateway_for_a_parked_stream() -> None:
     assert (code, resumed.wanted, resumed.submit.attachment) == (None, 2, 1)
     assert [type(output) for output in client.heard] == [Begins, Events], "they were here"
     assert resumed.body == BODY
+    rig.accept()
     rig.hear(Leased(rid=rid_of("r"), attempt=A1, worker="w", engine="e"))
     assert rig.hear(Gap(rid=rid_of("r"), attempt=A1, top=2)) == []
     rig.end(2)
@@ -471,6 +477,7 @@ def test_of_a_stream_that_kept_nothing_the_worker_tells() -> None:
     client = rig.attach()
     rig.link.take()
     rig.hear(Attached(id=1, submit=back()))
+    rig.accept()
     assert client.heard == []
     (replay,) = rig.hear(Gap(rid=rid_of("r"), attempt=A1, top=2))
     assert replay.message == Replay(rid=rid_of("r"), attempt=A1, start=0)
@@ -484,6 +491,7 @@ def test_what_goes_to_another_gateway_is_handed_over() -> None:
         rig.chunk(seq)
     client = other.attach(wanted=1)
     other.hear(Attached(id=1, submit=back()))
+    other.accept()
     handed = rig.hear(Detached(rid=rid_of("r")))
     assert [type(tell.message) for tell in handed] == [Started, Chunk]
     for tell in handed:
@@ -502,6 +510,7 @@ def test_the_one_who_listened_before_hears_that_it_moved() -> None:
     rig.hear(Attached(id=1, submit=back()))
     rig.link.take()
     assert old.heard == [Moved()]
+    rig.accept()
     rig.chunk(0)
     assert len(new.heard) == 1
     rig.link.forget(stream, "gone")
@@ -715,7 +724,9 @@ def test_another_broker_takes_over_and_hears_everything() -> None:
     assert isinstance(tell.message, Submit)
     assert (tell.message.next_seq, tell.message.attempt) == (2, A1)
     rig.hear(Chunk(rid=rid_of("r"), attempt=A1, seq=2, n=1), lines(2, 1), broker=0)
-    assert stream.next_seq == 2
+    rig.hear(Chunk(rid=rid_of("r"), attempt=A1, seq=2, n=1), lines(2, 1), broker=1)
+    assert stream.next_seq == 2, "nor those from before it answered"
+    rig.accept(broker=1)
     rig.hear(Chunk(rid=rid_of("r"), attempt=A1, seq=2, n=1), lines(2, 1), broker=1)
     assert stream.next_seq == 3
     assert len(client.heard) == 2

@@ -495,6 +495,36 @@ def test_all_histories_of_a_gateway_have_a_bound_together() -> None:
     assert one.histories.bytes_left == len(lines(0, 5)) < room
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        Leased(rid=RID, attempt=A2, worker="w2", engine="e"),
+        Lost(rid=RID, attempt=A1),
+        Failed(rid=RID, attempt=A2, code=Code.BACKEND_ERROR, message="", seq=0),
+        End(rid=RID, attempt=A2, seq=1, stats=Stats()),
+        Forgotten(rid=RID, attempt=A1, base=9),
+    ],
+)
+def test_what_a_broker_says_of_what_it_held_before_does_not_count(message: Message) -> None:
+    """It was frozen, and began anew meanwhile what this stream has the beginning of."""
+    driver = Driver()
+    driver.lease()
+    driver.chunk(0, 2)
+    driver.take(driver.stream.submission(1.0))
+    assert driver.hear(message) == []
+    assert driver.hear(Chunk(rid=RID, attempt=A2, seq=2, n=1), b"other\n") == []
+    driver.lease()
+    driver.chunk(2)
+    driver.expect(3)
+
+
+def test_a_submission_that_is_refused_ends() -> None:
+    driver = Driver()
+    refused = Failed(rid=RID, attempt=0, code=Code.QUEUE_FULL, message="full")
+    driver.hear(refused)
+    assert driver.other == [Over(refused, b"")]
+
+
 def test_what_is_handed_over_is_cut_between_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "CHUNK_BYTES_MAX", len(lines(0, 2)))
     driver, heir = Driver(), Driver(resumed={"wanted": 1}, body=b"", attempt=A1)
