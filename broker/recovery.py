@@ -7,9 +7,9 @@ order and each at its own time; `agrees` and `believes` decide what comes of it,
 - **What the client has had decides.** An attempt whose events do not follow from what was passed on is no good, however
   high: it would put two texts together. A claim does not tell where its attempt began; so one that the gateway does
   not name is believed only while nothing was passed on.
-- **Between our attempts and another broker's the gateway decides**: their ordinals tell nothing about each other. As long
-  as it has named none of the other's, it may have followed it without our knowing. Until it speaks, or the window
-  closes, the claim waits (`disputed`), as it may have the only copy of its events.
+- **Between our attempts and another broker's the gateway decides**: their ordinals tell nothing about each other. As
+  long as it has named none of the other's, it may have followed it without our knowing. Until it speaks, or the
+  window closes, the claim waits (`disputed`), as it may have the only copy of its events.
 - **The window** is open for `recover_s` after the broker met its first peer, and after every trace of another broker.
   While it is open a claim without a request is taken up, a cancel or an end leaves a tombstone, so that a late claim is
   cancelled too, and a client that looks for an unknown request waits. Beyond it whatever is unknown is over.
