@@ -101,6 +101,7 @@ class Link:
     ) -> None:
         self.name = name
         self.connected = False
+        self._met = False
         self.greeting = True
         """`hello` is to be sent, as soon as the broker takes it: then call `greeted`."""
         self.fleet = Snapshot()
@@ -280,6 +281,10 @@ class Link:
         """When that broker was last heard of; -inf if never."""
         return self._brokers.heard_at(broker)
 
+    def accepts(self, now: float) -> bool:
+        """Whether a new request may be submitted: now, or as soon as the broker, which lives, was greeted again."""
+        return self.connected or (self._met and self._brokers.lives(self._brokers.active, now))
+
     def next_deadline(self) -> float:
         """When `tick` should be called at the latest."""
         return self._beat_at
@@ -289,7 +294,8 @@ class Link:
         return Hello(name=self.name)
 
     def _welcomed(self, now: float) -> None:
-        self.connected, self._served_at = True, now
+        self.connected = self._met = True
+        self._served_at = now
         self._due = dict.fromkeys([*self._streams, *self._attachments])
         self.resubmit(now)
 

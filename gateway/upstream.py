@@ -232,7 +232,7 @@ class Upstream:
         return self._brokers[self._link.broker]
 
     def _check_connected(self) -> None:
-        if not self._link.connected:
+        if not self._link.accepts(self._loop.time()):
             raise FabricError(Code.NO_WORKERS, f"the broker at {self._address} does not answer; try again in a moment")
 
     def _on_frame(self, broker: int, _: bytes, frame: bytes) -> None:

@@ -212,6 +212,19 @@ def test_nothing_is_said_of_a_stream_to_a_broker_that_asked_who_speaks() -> None
     assert [type(tell.message) for tell in rig.connect()] == [Submit]
 
 
+def test_new_requests_are_taken_while_a_living_broker_is_greeted_again() -> None:
+    rig = Rig(connected=False)
+    assert not rig.link.accepts(rig.now), "whether there is one is not known"
+    rig.connect()
+    rig.hear(Who())
+    assert rig.link.accepts(rig.now)
+    rig.submit("new")
+    assert rig.told() == []
+    assert [tell.message.ref for tell in rig.connect() if isinstance(tell.message, Submit)] == ["new"]
+    rig.silence()
+    assert not rig.link.accepts(rig.now)
+
+
 def test_what_is_over_is_not_submitted_again() -> None:
     rig = Rig()
     rig.submit()
