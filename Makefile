@@ -12,7 +12,7 @@ up: $(VENV)/.run
 	@$(BIN)/weftline up $(ARGS)
 
 test: $(VENV)/.dev $(NODE:=/node_modules)
-	@$(BIN)/pytest -m "not faults or quick" --cov --cov-report=term:skip-covered $(ARGS)
+	@$(BIN)/pytest -m "(not faults or quick) and not by_hand" --cov --cov-report=term:skip-covered $(ARGS)
 
 # All fault tests, about a quarter of an hour; as root those with bad networks too.
 faults: $(VENV)/.dev

@@ -68,6 +68,7 @@ def test_curl(follow: Follow) -> None:
     assert '"done":true' in follow("curl").splitlines()[-1]
 
 
+@pytest.mark.by_hand
 @pytest.mark.skipif(shutil.which("ollama") is None, reason="needs the `ollama` command line")
 def test_the_command_line(follow: Follow) -> None:
     assert "llama2:latest" in follow("The `ollama` command line")

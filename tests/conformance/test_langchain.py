@@ -12,6 +12,7 @@ from workers.embedded.simulated import transcript
 VERSION = pinned("langchain-ollama")
 CLIENT = f"`langchain-ollama` {VERSION}"
 BY_HAND = True
+pytestmark = pytest.mark.by_hand
 TEXT = transcript("Why is the sky blue?", 3, 20)
 
 

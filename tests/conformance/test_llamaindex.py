@@ -11,6 +11,7 @@ from workers.embedded.simulated import transcript
 VERSIONS = {name: pinned(name) for name in ("llama-index-llms-ollama", "llama-index-embeddings-ollama")}
 CLIENT = ", ".join(f"`{name}` {version}" for name, version in VERSIONS.items())
 BY_HAND = True
+pytestmark = pytest.mark.by_hand
 TEXT = transcript("Why is the sky blue?", 3, 20)
 
 

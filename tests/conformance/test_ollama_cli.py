@@ -19,7 +19,7 @@ BY_HAND = True
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)|\r")
 OLLAMA = shutil.which("ollama") or ""
 
-pytestmark = pytest.mark.skipif(not OLLAMA, reason="needs the `ollama` command line")
+pytestmark = [pytest.mark.by_hand, pytest.mark.skipif(not OLLAMA, reason="needs the `ollama` command line")]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -56,7 +56,9 @@ async def test_a_peer_runs_for_the_length_of_the_block(tmp_path: Path) -> None:
         assert "VIRTUAL_ENV" not in environment
         async with httpx.AsyncClient(base_url=running.url, trust_env=False) as client:
             assert (await client.get("/up")).status_code == 200
+        await running.settled()
     assert not psutil.pid_exists(started.pid)
+    await running.settled()  # there is nothing to wait for
 
 
 async def test_a_peer_that_ends_at_its_start_tells_why(tmp_path: Path) -> None:

@@ -771,6 +771,15 @@ def _take(frames: list[bytes], frame: bytes) -> bool:
     return True
 
 
+def test_the_blank_line_that_ends_the_last_event_may_come_alone() -> None:
+    driver = Driver()
+    driver.lease()
+    driver.hear(Chunk(rid=RID, attempt=A1, seq=0, n=1), b"data: [DONE]\n")
+    driver.hear(Chunk(rid=RID, attempt=A1, seq=1, n=1), b"\n")
+    driver.fail(2)
+    assert driver.other == [Over(End(rid=RID, attempt=A1, seq=2, stats=Stats()), b"")]
+
+
 @pytest.mark.parametrize("code", [Code.WORKER_LOST, Code.MODEL_NOT_FOUND, Code.NO_WORKERS])
 def test_that_it_could_not_be_continued_is_not_why_it_broke(code: Code) -> None:
     driver = Driver()
