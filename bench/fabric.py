@@ -85,7 +85,7 @@ class Fabric:
         for name, group in self.processes.items():
             cpu_s[name], rss_bytes[name] = 0.0, 0
             for running in group:
-                with running.oneshot():
+                with contextlib.suppress(psutil.NoSuchProcess), running.oneshot():  # its streams break, which tells
                     times = running.cpu_times()
                     cpu_s[name] += times.user + times.system
                     rss_bytes[name] += running.memory_info().rss

@@ -19,7 +19,7 @@ from bench.fabric import BenchError, Fabric
 from bench.figures import Run, others_cores
 from bench.http_figures import HttpFigures, http_aims, http_figures, http_report
 from bench.peers import PEERS, Nginx, Peer, Running, ensure, free_port
-from bench.streams import RUN_S_MAX, Load, run
+from bench.streams import RUN_S_MAX, RUNS_MAX, Load, run
 from common.process import process_error
 
 DIRECT: Final = {OLLAMA.path: "direct", OPENAI.path: "direct, /v1"}
@@ -116,7 +116,7 @@ def ways_to(target: Fabric, peers: Peers) -> list[Way]:
 async def run_way(way: Way, load: Load, target: Fabric) -> Run:
     """One run of one way. Raises BenchError."""
     try:
-        async with asyncio.timeout(2 * RUN_S_MAX), way.opened(load.streams) as generate:
+        async with asyncio.timeout((RUNS_MAX + 1) * RUN_S_MAX), way.opened(load.streams) as generate:
             async with asyncio.TaskGroup() as first:
                 for _ in range(load.streams):
                     first.create_task(generate(1))
@@ -170,6 +170,9 @@ async def measure(loads: Sequence[Load], rounds: int, folder: Path, peers: Peers
                         peers.leave_out(way.name, error)
                     else:
                         runs.append(results[-1][way.name])
+                    for peer, running in peers.present:
+                        if peer.name == way.name:
+                            await running.settled()
             found += http_figures(load.name, load.streams, ways_to(target, peers), results)
     return Measured(found, others_cores(runs))
 

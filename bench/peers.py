@@ -33,6 +33,9 @@ from bench.fabric import LOG_LINES_KEPT, BenchError, ended
 INSTALL_S: Final = 600.0
 START_S: Final = 60.0
 LOOK_S: Final = 0.1
+SETTLE_S: Final = 3.0
+IDLE: Final = 0.15
+"""The part of a core up to which a peer counts as idle: two ticks of the clock in LOOK_S are more."""
 QUESTION_S: Final = 2.0
 TIED: Final = ("setpriv", "--pdeathsig", "TERM")
 """Where it is there: ends a peer when this process is killed."""
@@ -45,6 +48,19 @@ class Running:
     url: str
     token: str
     processes: list[psutil.Process]
+
+    async def settled(self) -> None:
+        """Wait until it has done what it does after its answers, SETTLE_S at most: the next turn is another's."""
+
+        async def used_s() -> float:
+            await asyncio.sleep(LOOK_S)
+            return sum(sum(process.cpu_times()[:2]) for process in self.processes)
+
+        with contextlib.suppress(TimeoutError, psutil.NoSuchProcess):
+            async with asyncio.timeout(SETTLE_S):
+                before_s = await used_s()
+                while (now_s := await used_s()) - before_s > IDLE * LOOK_S:
+                    before_s = now_s
 
 
 class Peer(ABC):
