@@ -45,7 +45,7 @@ def loads(*, quick: bool) -> tuple[list[Load], list[Load], list[Load]]:
         )
 
     # Alone, a stream is short: many first tokens are needed.
-    several = [paced(1, 2, 50, 0.8), paced(16, 15, 50, 0.8), paced(50, 30, 50, 1.5)]
+    several = [paced(1, 2, 50, 0.8), paced(16, 15, 50, 0.8), paced(50, 15 if quick else 30, 50, 1.5)]
     full = Load(
         name="16 at full speed",
         streams=16,

@@ -522,7 +522,10 @@ async def test_a_broker_that_restarts_is_told_what_runs(line: Line) -> None:
 async def test_a_broker_that_takes_nothing_stops_the_engine_at_the_bound(line: Line) -> None:
     lines = [b'{"response":"%06d%b"}\n' % (index, b"x" * 200) for index in range(20_000)]
 
+    go_on = asyncio.Event()
+
     async def script(call: Call) -> None:
+        await go_on.wait()
         await call.head()
         for index in range(0, len(lines), 500):
             await call.piece(b"".join(lines[index : index + 500]))
@@ -535,6 +538,7 @@ async def test_a_broker_that_takes_nothing_stops_the_engine_at_the_bound(line: L
     line.broker.confirms = False
     line.broker.send(Who())
     await line.broker.get(Register)
+    go_on.set()
     register, _ = await line.broker.get(Register)
     [claim] = register.leases
     assert claim.top * len(lines[0]) < 2**19
