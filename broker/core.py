@@ -42,7 +42,7 @@ from msgspec.structs import replace
 
 from broker.events import Effect, Event, Forward, Note, Overflowed, Received, Send, Side, Unreachable
 from broker.recovery import ATTACHES_MAX, Window, agrees, believes
-from broker.scheduler import Scheduler, WarmFirst
+from broker.scheduler import Outlook, Scheduler, WarmFirst
 from broker.settings import BrokerSettings
 from broker.state import RUNNING, Gateway, Phase, Request, State, Worker, check
 from common.errors import Code
@@ -279,7 +279,8 @@ class BrokerCore:
         self._place(now)
         if now >= self._next_positions:
             self._next_positions = now + POSITIONS_INTERVAL_S
-            self._tell_positions()
+            for outlook in self.scheduler.outlooks(now, POSITIONS_MAX):
+                self._tell_outlook(outlook)
         return out
 
     def next_deadline(self) -> float:
@@ -290,8 +291,8 @@ class BrokerCore:
 
     def validate(self) -> None:
         """Check every invariant; used by tests after every event."""
-        self.state.validate(request for _, request in self.scheduler.waiting())
-        waiting = Counter(request.submit.client for _, request in self.scheduler.waiting())
+        self.state.validate(self.scheduler)
+        waiting = Counter(request.submit.client for request in self.scheduler)
         check(waiting == self._client_waiting, "the waiting of each client are miscounted")
         for rid in self._kept:
             kept = self.state.requests[rid]
@@ -353,6 +354,7 @@ class BrokerCore:
             self._send(Side.GATEWAY, peer, Error(code=Code.NOT_FOUND, message=text[:ERROR_TEXT_MAX]))
             return
         worker.draining = message.action == "drain"
+        self.scheduler.fleet_changed(self.state, now)
         self._note("host told to " + message.action, worker=worker.name)
         self._send(Side.WORKER, worker.peer, Drain(on=worker.draining))
         self._send(Side.GATEWAY, peer, self._snapshot(Query(id=message.id, what="hosts"), now))
@@ -415,10 +417,10 @@ class BrokerCore:
                 heapq.heappush(self._timers, (request.claim_by, request.rid))
                 self._settle(submit.rid, now)
         else:
-            position = self._queue(request)
+            self._queue(request, now)
             self._place(now)
             if request.phase is Phase.QUEUED:
-                self._tell_position(request, position)
+                self._tell_outlook(self.scheduler.outlook(request, now))
         self._attach_waiting(request, now)
 
     def _is_anothers(self, known: Request, gateway: Gateway, submit: Submit) -> bool:
@@ -492,7 +494,7 @@ class BrokerCore:
     def _unclaimed(self, request: Request, now: float) -> None:
         """No worker has the lease that the gateway knows of."""
         if self._can_start_anew(request):
-            self._requeue(request)
+            self._requeue(request, now)
             return
         text = "its worker did not come back after the broker's restart"
         failed = Failed(
@@ -775,7 +777,7 @@ class BrokerCore:
             if claim is not None and claim.attempt == request.attempt:
                 continue
             if request.phase is Phase.LEASED and self._can_start_anew(request):
-                self._requeue(request)  # the assign was lost on the way: nobody failed
+                self._requeue(request, now)  # the assign was lost on the way: nobody failed
             elif request.phase in RUNNING:
                 self._lose_lease(request, now)
             if request.phase is Phase.ENDED:
@@ -792,7 +794,7 @@ class BrokerCore:
         elif request is not None and claim.attempt == request.attempt and self._reunite(request, worker):
             self._tell_gap(request, claim.top)
         elif request is not None and believes(request, claim):
-            self._take_up(request, worker, claim)
+            self._take_up(request, worker, claim, now)
             self._tell_again(request)
         elif request is not None and not spoken and self._window.dispute(request, worker, claim, now):
             return
@@ -832,7 +834,7 @@ class BrokerCore:
         request = Request(rid=claim.rid, submit=submit, body=b"", gateway=None, accepted=now)
         self._window.trace(now)
         self._expire(request, now + max(claim.grace_ms / 1000, self.settings.recover_s))
-        self._take_up(request, worker, claim)
+        self._take_up(request, worker, claim, now)
         self._attach_waiting(request, now)
         return request
 
@@ -846,20 +848,24 @@ class BrokerCore:
             worker.rids.add(request.rid)
         return request.worker is worker
 
-    def _take_up(self, request: Request, worker: Worker, claim: Claim) -> None:
+    def _take_up(self, request: Request, worker: Worker, claim: Claim, now: float) -> None:
         """The claimed attempt is the request's, instead of what was held before."""
         if request.phase is Phase.QUEUED:
             self._unqueue(request)
         elif request.worker is not None:
             self._cancel_lease(request)
+        if request.phase in RUNNING:
+            self.scheduler.ended(request, None, now)
         if request.phase in RUNNING or request.phase is Phase.ENDED:
             self.state.move(request, Phase.RECOVERING)
         same = claim.attempt == request.attempt
         request.events = max(request.events, claim.top) if same else claim.top
         request.attempt, request.ordinal = claim.attempt, ordinal_of(claim.attempt)
         self.state.move(request, Phase.LEASED, worker=worker, engine=claim.engine, digest=claim.digest)
+        self.scheduler.begun(request, now)
         if claim.top:
             self.state.move(request, Phase.STREAMING)
+            self.scheduler.started(request, now)
 
     def _on_engines(self, worker: Worker, message: EnginesChanged, _: bytes, now: float) -> None:
         worker.engines = {engine.url: engine for engine in message.engines}
@@ -885,6 +891,8 @@ class BrokerCore:
     def _on_started(self, worker: Worker, message: Started, payload: bytes, now: float) -> None:
         request = self._held(worker, message.rid, message.attempt)
         if request is not None:
+            if request.phase in RUNNING:
+                self.scheduler.started(request, now)
             self._tell(request, message, payload)
 
     def _on_forgotten(self, worker: Worker, message: Forgotten, _: bytes, now: float) -> None:
@@ -913,7 +921,7 @@ class BrokerCore:
             self._note("assign refused", worker=worker.name, rid=request.rid, reason=message.reason)
             worker.paused_until = now + REFUSED_PAUSE_S
             if self._can_start_anew(request):
-                self._requeue(request)
+                self._requeue(request, now)
             else:
                 self._lose_lease(request, now)
 
@@ -955,12 +963,14 @@ class BrokerCore:
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
-    def _queue(self, request: Request) -> int:
+    def _queue(self, request: Request, now: float) -> None:
+        if request.phase is Phase.LEASED:
+            self.scheduler.ended(request, None, now)
         self.state.move(request, Phase.QUEUED)
         request.told_position = 0
         client = request.submit.client
         self._client_waiting[client] = self._client_waiting.get(client, 0) + 1
-        return self.scheduler.add(request)
+        self.scheduler.add(request, now)
 
     def _unqueue(self, request: Request) -> None:
         self.scheduler.discard(request)
@@ -980,6 +990,7 @@ class BrokerCore:
             request, worker = placement.request, placement.worker
             self._unqueue(request)
             self.state.move(request, Phase.LEASED, worker=worker, engine=placement.engine, digest=placement.digest)
+            self.scheduler.begun(request, now)
             request.ordinal += 1
             request.attempt = attempt_of(request.ordinal, self._nonce)
             self._tell(request, self._leased(request))
@@ -1014,10 +1025,10 @@ class BrokerCore:
         waits = request.phase in (Phase.LEASED, Phase.RECOVERING)
         return waits and request.events == request.start and len(request.body) > 0
 
-    def _requeue(self, request: Request) -> None:
+    def _requeue(self, request: Request, now: float) -> None:
         """Back to its old place in the line; the gateway hears that the attempt is gone."""
         self._tell(request, Lost(rid=request.rid, attempt=request.attempt))
-        self._queue(request)
+        self._queue(request, now)
 
     def _retry(self, request: Request, failure: Failed, payload: bytes, now: float, *, lives: bool = False) -> None:
         """An attempt failed before its first event: try elsewhere, at most ATTEMPTS_MAX times.
@@ -1038,7 +1049,7 @@ class BrokerCore:
         if request.failures < ATTEMPTS_MAX:
             if lives:
                 self._cancel_lease(request)
-            self._requeue(request)
+            self._requeue(request, now)
         else:
             self._end(request, failure, payload, now)
 
@@ -1078,6 +1089,8 @@ class BrokerCore:
     def _end(self, request: Request, terminal: Failed | End, payload: bytes, now: float) -> None:
         """The attempt is over: tell the gateway, keep the terminal until it acknowledges."""
         if request.terminal is None:
+            if request.phase in RUNNING:
+                self.scheduler.ended(request, terminal.stats if isinstance(terminal, End) else None, now)
             self.state.move(request, Phase.ENDED)
             request.terminal, request.terminal_payload, request.told = terminal, payload, now
         elif type(terminal) is type(request.terminal) and terminal.seq == request.terminal.seq:
@@ -1088,6 +1101,8 @@ class BrokerCore:
     def _forget(self, request: Request, now: float) -> None:
         if request.phase is Phase.ENDED and request.worker is not None:
             self._send(Side.WORKER, request.worker.peer, Release(rid=request.rid))
+        if request.phase in RUNNING:
+            self.scheduler.ended(request, None, now)
         self._unkeep(request)
         self._window.bury(request.rid, now)
         self.state.move(request, None)
@@ -1098,7 +1113,7 @@ class BrokerCore:
             self._served[model] = now
         for model in [m for m, seen in self._served.items() if now - seen > self.settings.unserved_s]:
             del self._served[model]
-        waiting = [request for _, request in self.scheduler.waiting()]
+        waiting = list(self.scheduler)
         hopeless = {model for model in {r.submit.model for r in waiting} if not self._hoped_for(model, now)}
         for request in waiting:
             if request.submit.model in hopeless:
@@ -1130,19 +1145,15 @@ class BrokerCore:
     def _tell_gap(self, request: Request, top: int = 0) -> None:
         self._tell(request, Gap(rid=request.rid, attempt=request.attempt, top=max(top, request.events)))
 
-    def _tell_position(self, request: Request, position: int) -> None:
-        if position != request.told_position:
-            request.told_position = position
-            self._tell(request, Queued(rid=request.rid, position=position))
-
-    def _tell_positions(self) -> None:
-        for told, (position, request) in enumerate(self.scheduler.waiting()):
-            if told >= POSITIONS_MAX:
-                return
-            self._tell_position(request, position)
+    def _tell_outlook(self, outlook: Outlook) -> None:
+        request, eta_ms = outlook.request, None if outlook.eta_s is None else int(outlook.eta_s * 1000)
+        if outlook.position != request.told_position:
+            request.told_position = outlook.position
+            self._tell(request, Queued(rid=request.rid, position=outlook.position, eta_ms=eta_ms))
 
     def _fleet_changed(self, now: float) -> None:
         self.state.index_offers()
+        self.scheduler.fleet_changed(self.state, now)
         fleet = self.state.models(), len(self.state.workers)
         for model in fleet[0]:
             self._served[model] = now
@@ -1182,10 +1193,10 @@ class BrokerCore:
         )
 
     def _jobs(self, now: float) -> tuple[Job, ...]:
-        positions = {request.rid: position for position, request in self.scheduler.waiting()}
         jobs: list[Job] = []
         for request in self.state.requests.values():
             if request.phase is not Phase.ENDED and request.phase is not None and len(jobs) < SNAPSHOT_JOBS_MAX:
+                waits = self.scheduler.outlook(request, now) if request.phase is Phase.QUEUED else None
                 jobs.append(
                     Job(
                         rid=request.rid,
@@ -1198,7 +1209,8 @@ class BrokerCore:
                         engine=request.engine,
                         attempt=request.ordinal,
                         events=request.events,
-                        position=positions.get(request.rid, 0),
+                        position=waits.position if waits else 0,
+                        eta_ms=int(waits.eta_s * 1000) if waits and waits.eta_s is not None else None,
                     )
                 )
         return tuple(jobs)

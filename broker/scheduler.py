@@ -1,16 +1,17 @@
 """Which request goes where: first come, first served per model; warm hosts first, then the least busy.
 
 The core asks `place` after anything that may have freed a slot or brought a request, and only takes decisions that hold
-now: a request leaves the queue for a free slot, never for a promise. Another scheduler needs the same five methods.
+now: a request leaves the queue for a free slot, never for a promise.
 """
 
 from bisect import bisect, bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from broker.state import Request, State, Worker
-from common.protocol import BESIDE_MAX, LIGHT, Engine
+from common.protocol import BESIDE_MAX, LIGHT, Engine, Stats
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,23 +24,56 @@ class Placement:
     digest: str
 
 
+@dataclass(slots=True, frozen=True)
+class Outlook:
+    """Where a waiting request stands: `position` from 1, and how long until it begins, if that can be told."""
+
+    request: Request
+    position: int
+    eta_s: float | None = None
+
+
 class Scheduler(Protocol):
     """Owns the queue. It never changes a request; the core moves it after a placement."""
 
-    def add(self, request: Request) -> int:
-        """A request waits, at its place by when it was accepted, so that one which waited before gets it back.
-
-        Returns its position, from 1.
-        """
+    def add(self, request: Request, now: float) -> None:
+        """A request waits, at its place by when it was accepted, so that one which waited before gets it back."""
 
     def discard(self, request: Request) -> None:
         """A request waits no longer."""
 
     def place(self, state: State, now: float) -> Placement | None:
-        """The next request that can run now, and where; it stays in the queue until discarded."""
+        """The next request that can run now, and where; it stays in the queue until discarded.
 
-    def waiting(self) -> Iterator[tuple[int, Request]]:
-        """All waiting requests with their positions from 1, those that matter most first."""
+        None: none can, until something is told, or the time `next_deadline`.
+        """
+
+    def begun(self, request: Request, now: float) -> None:
+        """A request has a lease: it was placed, or a worker claims it. `request.worker`, `engine`, `digest` say where."""
+
+    def started(self, request: Request, now: float) -> None:
+        """Its engine answered: the model is loaded."""
+
+    def ended(self, request: Request, stats: Stats | None, now: float) -> None:
+        """Its lease is about to end; `stats` are the engine's, if it ended well. `request.worker` still says where."""
+
+    def fleet_changed(self, state: State, now: float) -> None:
+        """Workers came or went, or say something else of their engines, or may be used (again) or not."""
+
+    def hopeless(self, now: float) -> Iterable[Request]:
+        """Waiting requests that cannot meet their deadline any more, as far as is known without a look at all."""
+
+    def outlook(self, request: Request, now: float) -> Outlook:
+        """Where one waiting request stands."""
+
+    def outlooks(self, now: float, limit: int) -> Iterable[Outlook]:
+        """Where waiting requests stand: those that matter most first, or in turns, at most so many."""
+
+    def next_deadline(self) -> float:
+        """When `place` may find something though nothing was told; inf: never."""
+
+    def __iter__(self) -> Iterator[Request]:
+        """All waiting requests."""
 
     def __len__(self) -> int: ...
 
@@ -51,13 +85,11 @@ class WarmFirst:
         self._queues: dict[tuple[str, bool], list[tuple[float, bytes, Request]]] = {}
         self._size = 0
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, now: float) -> None:
         queue = self._queues.setdefault(_queue_of(request), [])
         entry = (request.accepted, request.rid, request)
-        position = bisect(queue, entry)
-        queue.insert(position, entry)
+        queue.insert(bisect(queue, entry), entry)
         self._size += 1
-        return position + 1
 
     def discard(self, request: Request) -> None:
         queue = self._queues[_queue_of(request)]
@@ -73,10 +105,38 @@ class WarmFirst:
                 return placement
         return None
 
-    def waiting(self) -> Iterator[tuple[int, Request]]:
+    def begun(self, request: Request, now: float) -> None:
+        """Leases are counted by the state."""
+
+    def started(self, request: Request, now: float) -> None:
+        """Nothing is learnt."""
+
+    def ended(self, request: Request, stats: Stats | None, now: float) -> None:
+        """Nothing is learnt."""
+
+    def fleet_changed(self, state: State, now: float) -> None:
+        """`place` looks at the state."""
+
+    def hopeless(self, now: float) -> Iterable[Request]:
+        return ()
+
+    def outlook(self, request: Request, now: float) -> Outlook:
+        return Outlook(request, bisect(self._queues[_queue_of(request)], (request.accepted, request.rid, request)))
+
+    def outlooks(self, now: float, limit: int) -> Iterable[Outlook]:
+        told = 0
         for queue in self._queues.values():
             for position, (_, _, request) in enumerate(queue, 1):
-                yield position, request
+                if told == limit:
+                    return
+                told += 1
+                yield Outlook(request, position)
+
+    def next_deadline(self) -> float:
+        return inf
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for queue in self._queues.values() for _, _, request in queue)
 
     def __len__(self) -> int:
         return self._size

@@ -179,6 +179,11 @@ class Submit(Message, frozen=True):
 
     `light`: a question that an engine answers beside its work, as /api/show is: its lease's digest is LIGHT. An
     operation on an engine's models, as /api/pull is, has the engine in place of a model (`engine_name`), and OPERATION.
+
+    For the scheduler: `priority` is interactive, normal or batch; the client's share is `weight`, and at most
+    `running_max` of its requests run at once (0: any number). `prompt_bytes` of text are to be read, and at most
+    `output_max` tokens to be written. `prefix`: hashes of the prompt's beginnings (common/prefix.py), the shortest
+    first. `variant`: the options with which the model is loaded (num_ctx above all); another variant reloads it.
     """
 
     rid: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -189,6 +194,7 @@ class Submit(Message, frozen=True):
     method: Method = "POST"
     priority: Short = "normal"
     weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+    running_max: Count = 0
     deadline_ms: Count | None = None
     grace_ms: Count = 0
     waited_ms: Count = 0
@@ -203,7 +209,9 @@ class Submit(Message, frozen=True):
     attachment: Count = 0
     absent_ms: Count | None = None
     prompt_bytes: Count = 0
-    prefix: Annotated[tuple[Annotated[bytes, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=64)] = ()
+    output_max: Count | None = None
+    variant: Name = ""
+    prefix: Annotated[tuple[Annotated[bytes, msgspec.Meta(max_length=16)], ...], msgspec.Meta(max_length=128)] = ()
 
 
 class Cancel(Message, frozen=True):
@@ -412,6 +420,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attempt: int = 0
     events: int = 0
     position: int = 0
+    eta_ms: int | None = None
 
 
 class Snapshot(Message, frozen=True):

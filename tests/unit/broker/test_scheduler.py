@@ -70,7 +70,7 @@ def test_what_comes_back_gets_its_old_place() -> None:
     first, second = h.told(Assign, b"w1")
     h.refused(second.rid, second.attempt)
     h.refused(first.rid, first.attempt)
-    assert [(position, request.rid[:2]) for position, request in h.core.scheduler.waiting()] == [
+    assert [(position, request.rid[:2]) for position, request in enumerate(h.core.scheduler, 1)] == [
         (1, b"r1"),
         (2, b"r2"),
         (3, b"r3"),
@@ -86,9 +86,11 @@ def test_add_tells_the_position() -> None:
         requests.append(h.request(rid_of(name)))
     queue = WarmFirst()
     _, one, two, three = requests
-    assert [queue.add(two), queue.add(three), queue.add(one), len(queue)] == [1, 2, 1, 3]
+    for request in (two, three, one):
+        queue.add(request, h.now)
+    assert [queue.outlook(request, h.now).position for request in (one, two, three)] == [1, 2, 3]
     queue.discard(two)
-    assert [request for _, request in queue.waiting()] == [one, three]
+    assert list(queue) == [one, three]
 
 
 def test_a_warm_host_comes_before_a_cold_one() -> None:
