@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 NODE   := tests/conformance/guides tests/conformance/clients
 
-.PHONY: up test faults simulation check lint types imports bench lock format clean
+.PHONY: up test faults simulation check lint types imports bench sim lock format clean
 
 up: $(VENV)/.run
 	@$(BIN)/weftline up $(ARGS)
@@ -39,6 +39,10 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
+
+# The schedulers compared in a simulated fleet, some minutes; ARGS=--quick for a first look. Draws docs/sim-*.svg.
+sim: $(VENV)/.dev
+	@$(BIN)/python -m bench.sim.compare $(ARGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "weftline needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make up PYTHON=python3.12"; exit 1; }

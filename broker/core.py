@@ -25,6 +25,8 @@ Rules that keep the promises (those about the time before this broker: broker/re
 - **`submit` is idempotent by rid.** A gateway that reconnects submits everything without a terminal again; what the
   core holds is told again, unless it does not go on from what the gateway has: then it is given up, and the request
   runs as submitted. A continuation is submitted the same way.
+- **A body in parts stays at its gateway.** What the worker wants of it goes there, and each part back, through here;
+  nothing of it is kept. Whatever is lost the worker asks for again.
 - **The broker owns the resume timer.** A request whose client (`detach`) or gateway is gone runs on until `expires`;
   `attach` describes it to the gateway where its client came back, which takes it by submitting it with the next
   `attachment`. A gateway's word counts only for what is its own; of two that submit the same request the one with the
@@ -40,9 +42,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from broker.events import Effect, Event, Forward, Note, Overflowed, Received, Send, Side, Unreachable
+from broker.events import Effect, Event, Forward, Note, Overflowed, Received, Send, Side, Supply, Unreachable
+from broker.policy import Policy
 from broker.recovery import ATTACHES_MAX, Window, agrees, believes
-from broker.scheduler import Outlook, Scheduler, WarmFirst
+from broker.rules import Rules
+from broker.scheduler import Outlook, Scheduler
 from broker.settings import BrokerSettings
 from broker.state import RUNNING, Gateway, Phase, Request, State, Worker, check
 from common.errors import Code
@@ -81,6 +85,7 @@ from common.protocol import (
     Leased,
     Lost,
     Message,
+    Part,
     Probe,
     Query,
     Queued,
@@ -93,6 +98,7 @@ from common.protocol import (
     Started,
     Submit,
     Superseded,
+    Want,
     Who,
     attempt_of,
     ordinal_of,
@@ -106,6 +112,13 @@ if TYPE_CHECKING:
 POSITIONS_INTERVAL_S: Final = 2.0
 POSITIONS_MAX: Final = 500
 """Positions told in one tick: recounting and telling all of 10,000 stalls the broker for 7 ms."""
+RETRY_AFTER_MS: Final = 5_000
+RETRY_AFTER_MS_MIN: Final = 1_000
+RETRY_AFTER_MS_MAX: Final = 60_000
+"""When whoever was refused should come again: that, or by what is known of the rates, within these bounds."""
+ETA_NEWS_S: Final = 1.0
+ETA_NEWS: Final = 0.25
+"""What is told of a request's beginning is told again when it moved by so much: seconds, or of the time till then."""
 REFUSED_PAUSE_S: Final = 0.25
 """A worker that refused an assign gets no other for so long: its own view of its slots must reach us first."""
 SNAPSHOT_JOBS_MAX: Final = 1000
@@ -129,7 +142,7 @@ class BrokerCore:
     def __init__(self, settings: BrokerSettings, *, nonce: int, now: float, scheduler: Scheduler | None = None) -> None:
         self.settings = settings
         self.state = State()
-        self.scheduler = scheduler or WarmFirst()
+        self.scheduler: Scheduler = Policy(Rules(settings.rules)) if scheduler is None else scheduler
         self.garbled = 0
         self._nonce = nonce
         self._window = Window(settings.recover_s, nonce, now)
@@ -160,6 +173,7 @@ class BrokerCore:
         self._from_worker: dict[type, Callable[[Worker, Any, bytes, float], None]] = {
             Started: self._on_started,
             Forgotten: self._on_forgotten,
+            Want: self._on_want,
             End: self._on_end,
             Failed: self._on_failed,
             Refused: self._on_refused,
@@ -225,6 +239,7 @@ class BrokerCore:
         worker.seen = now
         if request.phase is Phase.LEASED:
             self.state.move(request, Phase.STREAMING)
+            self.scheduler.started(request, now)
         top = chunk.seq + chunk.n
         if top > request.events:
             request.events = top
@@ -274,20 +289,28 @@ class BrokerCore:
                 timers = {(at, r.rid) for r in requests for at in (r.deadline, r.expires, r.claim_by) if at is not None}
                 self._timers = sorted(timers)
         for worker in self.state.workers.values():
-            if worker.paused_until <= now:
+            if 0 < worker.paused_until <= now:
                 worker.paused_until = 0.0
+                self.scheduler.look_again()
         self._place(now)
         if now >= self._next_positions:
             self._next_positions = now + POSITIONS_INTERVAL_S
             for outlook in self.scheduler.outlooks(now, POSITIONS_MAX):
-                self._tell_outlook(outlook)
+                self._tell_outlook(outlook, now)
         return out
 
     def next_deadline(self) -> float:
         """When `tick` should be called at the latest."""
         paused = [worker.paused_until for worker in self.state.workers.values() if worker.paused_until]
         held = [self._window.hold_until] if self._window.hold_until > self._ticked else []
-        return min([self._next_beat, self._next_positions, *paused, *held, *(at for at, _ in self._timers[:1])])
+        return min(
+            self._next_beat,
+            self._next_positions,
+            self.scheduler.next_deadline(),
+            *paused,
+            *held,
+            *(at for at, _ in self._timers[:1]),
+        )
 
     def validate(self) -> None:
         """Check every invariant; used by tests after every event."""
@@ -321,6 +344,8 @@ class BrokerCore:
                 self._send(Side.GATEWAY, event.peer, Who())
             if isinstance(message, Chunk):
                 self._on_handed_chunk(gateway, message, event.frame)
+            elif isinstance(message, Part):
+                self._on_part(gateway, message, event.frame)
             else:
                 self._from_gateway[type(message)](gateway, message, event.payload, now)
         elif not isinstance(message, Bye):
@@ -354,7 +379,7 @@ class BrokerCore:
             self._send(Side.GATEWAY, peer, Error(code=Code.NOT_FOUND, message=text[:ERROR_TEXT_MAX]))
             return
         worker.draining = message.action == "drain"
-        self.scheduler.fleet_changed(self.state, now)
+        self.scheduler.look_again()
         self._note("host told to " + message.action, worker=worker.name)
         self._send(Side.WORKER, worker.peer, Drain(on=worker.draining))
         self._send(Side.GATEWAY, peer, self._snapshot(Query(id=message.id, what="hosts"), now))
@@ -420,7 +445,7 @@ class BrokerCore:
             self._queue(request, now)
             self._place(now)
             if request.phase is Phase.QUEUED:
-                self._tell_outlook(self.scheduler.outlook(request, now))
+                self._tell_outlook(self.scheduler.outlook(request, now), now)
         self._attach_waiting(request, now)
 
     def _is_anothers(self, known: Request, gateway: Gateway, submit: Submit) -> bool:
@@ -450,6 +475,14 @@ class BrokerCore:
         heir = self._heir(gateway, message)
         if heir is not None:
             self._out.append(Forward(heir.peer, message.rid, frame))
+
+    def _on_part(self, gateway: Gateway, message: Part, frame: bytes) -> None:
+        """A part of a body, for the worker that wants it."""
+        request = self.state.requests.get(message.rid)
+        if request is None or request.gateway is not gateway or request.attempt != message.attempt:
+            return
+        if request.worker is not None:
+            self._out.append(Supply(request.worker.peer, frame))
 
     def _heir(self, gateway: Gateway, message: Started | Chunk) -> Gateway | None:
         """The gateway that has the request now, if it is another."""
@@ -539,12 +572,19 @@ class BrokerCore:
             return failed(
                 Code.QUEUE_FULL,
                 f"{len(self.scheduler)} requests are waiting; try again later",
-                retry_after_ms=5000,
+                retry_after_ms=self._retry_after_ms(submit.model, now),
                 retryable=True,
             )
         if not self._hoped_for(submit.model, now):
             return self._unserved(submit.rid, submit.model, submit.attempt)
         return None
+
+    def _retry_after_ms(self, model: str, now: float) -> int:
+        """When half of what waits for the model should be done."""
+        backlog_s = self.scheduler.backlog_s(model, now)
+        if backlog_s is None:
+            return RETRY_AFTER_MS
+        return int(min(max(backlog_s * 500, RETRY_AFTER_MS_MIN), RETRY_AFTER_MS_MAX))
 
     def _hoped_for(self, model: str, now: float) -> bool:
         """Whether a host has the model, or may have it again in a moment."""
@@ -565,7 +605,7 @@ class BrokerCore:
                 code=Code.NO_WORKERS,
                 message="no worker with a running engine is connected; `weftline doctor` tells more",
                 retryable=True,
-                retry_after_ms=5000,
+                retry_after_ms=RETRY_AFTER_MS,
             )
         return Failed(
             rid=rid,
@@ -784,7 +824,7 @@ class BrokerCore:
                 self.state.part(request)  # its buffer is gone
         for claim in claims.values():
             self._on_claim(worker, claim, now)
-        self._fleet_changed(now)
+        self._fleet_changed(worker, now)
 
     def _on_claim(self, worker: Worker, claim: Claim, now: float, *, spoken: bool = False) -> None:
         """A worker says that it holds this lease: believe it, take it up, or cancel it; `spoken`: its gateway has."""
@@ -870,7 +910,7 @@ class BrokerCore:
     def _on_engines(self, worker: Worker, message: EnginesChanged, _: bytes, now: float) -> None:
         worker.engines = {engine.url: engine for engine in message.engines}
         worker.draining = message.draining
-        self._fleet_changed(now)
+        self._fleet_changed(worker, now)
 
     def _held(self, worker: Worker, rid: bytes, attempt: int) -> Request | None:
         """The running request this attempt belongs to; otherwise the attempt is stale and is cancelled."""
@@ -896,6 +936,11 @@ class BrokerCore:
             self._tell(request, message, payload)
 
     def _on_forgotten(self, worker: Worker, message: Forgotten, _: bytes, now: float) -> None:
+        request = self._held(worker, message.rid, message.attempt)
+        if request is not None:
+            self._tell(request, message)
+
+    def _on_want(self, worker: Worker, message: Want, _: bytes, now: float) -> None:
         request = self._held(worker, message.rid, message.attempt)
         if request is not None:
             self._tell(request, message)
@@ -942,7 +987,7 @@ class BrokerCore:
                 self.state.part(request)  # a gateway that lacks events hears so at its `replay`
         del self.state.workers[worker.name]
         del self.state.workers_by_peer[worker.peer]
-        self._fleet_changed(now)
+        self._fleet_changed(worker, now)
 
     def _lose_lease(self, request: Request, now: float) -> None:
         """A lease died with its worker: wait again if nothing was seen of it, else it is over."""
@@ -986,6 +1031,12 @@ class BrokerCore:
         while len(self.scheduler):
             placement = self.scheduler.place(self.state, now)
             if placement is None:
+                hopeless = list(self.scheduler.hopeless(now))
+                for request in hopeless:
+                    text = "its deadline cannot be met: it would have passed before the first token"
+                    self._stop(request, Code.DEADLINE_EXCEEDED, text, now)
+                if hopeless:
+                    continue
                 return
             request, worker = placement.request, placement.worker
             self._unqueue(request)
@@ -1012,6 +1063,7 @@ class BrokerCore:
                     grace_ms=submit.grace_ms,
                     start=request.start,
                     body_bytes=request.body_bytes if request.start else 0,
+                    parted_bytes=submit.parted_bytes,
                 ),
                 request.body,
             )
@@ -1023,7 +1075,8 @@ class BrokerCore:
     def _can_start_anew(self, request: Request) -> bool:
         """Whether nothing was seen of its attempt, and all is here to begin another."""
         waits = request.phase in (Phase.LEASED, Phase.RECOVERING)
-        return waits and request.events == request.start and len(request.body) > 0
+        there = len(request.body) > 0 or request.submit.parted_bytes > 0
+        return waits and request.events == request.start and there
 
     def _requeue(self, request: Request, now: float) -> None:
         """Back to its old place in the line; the gateway hears that the attempt is gone."""
@@ -1145,15 +1198,24 @@ class BrokerCore:
     def _tell_gap(self, request: Request, top: int = 0) -> None:
         self._tell(request, Gap(rid=request.rid, attempt=request.attempt, top=max(top, request.events)))
 
-    def _tell_outlook(self, outlook: Outlook) -> None:
-        request, eta_ms = outlook.request, None if outlook.eta_s is None else int(outlook.eta_s * 1000)
-        if outlook.position != request.told_position:
-            request.told_position = outlook.position
+    def _tell_outlook(self, outlook: Outlook, now: float) -> None:
+        request, eta_s = outlook.request, outlook.eta_s
+        begin = None if eta_s is None else now + eta_s
+        known = outlook.position == request.told_position and (begin is None) == (request.told_begin is None)
+        if known and begin is not None and request.told_begin is not None and eta_s is not None:
+            known = abs(begin - request.told_begin) <= max(ETA_NEWS_S, ETA_NEWS * eta_s)
+        if not known:
+            request.told_position, request.told_begin = outlook.position, begin
+            eta_ms = None if eta_s is None else int(eta_s * 1000)
             self._tell(request, Queued(rid=request.rid, position=outlook.position, eta_ms=eta_ms))
 
-    def _fleet_changed(self, now: float) -> None:
-        self.state.index_offers()
-        self.scheduler.fleet_changed(self.state, now)
+    def _fleet_changed(self, worker: Worker, now: float) -> None:
+        if self.state.workers.get(worker.name) is worker:
+            self.state.index(worker)
+            self.scheduler.worker_changed(worker, now)
+        else:
+            self.state.unindex(worker)
+            self.scheduler.worker_gone(worker)
         fleet = self.state.models(), len(self.state.workers)
         for model in fleet[0]:
             self._served[model] = now

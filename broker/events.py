@@ -73,6 +73,14 @@ class Forward:
 
 
 @dataclass(slots=True, frozen=True)
+class Supply:
+    """Send the frame of a body's part on to a worker, unchanged; it may be dropped: the worker asks for it again."""
+
+    peer: bytes
+    frame: bytes
+
+
+@dataclass(slots=True, frozen=True)
 class Note:
     """Something an operator wants to read in the log."""
 
@@ -80,4 +88,4 @@ class Note:
     facts: dict[str, Any]
 
 
-Effect = Send | Forward | Note
+Effect = Send | Forward | Supply | Note

@@ -49,7 +49,7 @@ class Scheduler(Protocol):
         """
 
     def begun(self, request: Request, now: float) -> None:
-        """A request has a lease: it was placed, or a worker claims it. `request.worker`, `engine`, `digest` say where."""
+        """A request has a lease, placed or claimed: `request.worker`, `engine` and `digest` say where."""
 
     def started(self, request: Request, now: float) -> None:
         """Its engine answered: the model is loaded."""
@@ -57,8 +57,14 @@ class Scheduler(Protocol):
     def ended(self, request: Request, stats: Stats | None, now: float) -> None:
         """Its lease is about to end; `stats` are the engine's, if it ended well. `request.worker` still says where."""
 
-    def fleet_changed(self, state: State, now: float) -> None:
-        """Workers came or went, or say something else of their engines, or may be used (again) or not."""
+    def worker_changed(self, worker: Worker, now: float) -> None:
+        """A worker came, or says something else of its engines."""
+
+    def worker_gone(self, worker: Worker) -> None:
+        """A worker is lost; its leases may end before or after."""
+
+    def look_again(self) -> None:
+        """Workers may be used (again) or not: drained, refused, out of reach."""
 
     def hopeless(self, now: float) -> Iterable[Request]:
         """Waiting requests that cannot meet their deadline any more, as far as is known without a look at all."""
@@ -68,6 +74,9 @@ class Scheduler(Protocol):
 
     def outlooks(self, now: float, limit: int) -> Iterable[Outlook]:
         """Where waiting requests stand: those that matter most first, or in turns, at most so many."""
+
+    def backlog_s(self, model: str, now: float) -> float | None:
+        """How long what waits for a model takes, if that can be told."""
 
     def next_deadline(self) -> float:
         """When `place` may find something though nothing was told; inf: never."""
@@ -114,7 +123,13 @@ class WarmFirst:
     def ended(self, request: Request, stats: Stats | None, now: float) -> None:
         """Nothing is learnt."""
 
-    def fleet_changed(self, state: State, now: float) -> None:
+    def worker_changed(self, worker: Worker, now: float) -> None:
+        """`place` looks at the state."""
+
+    def worker_gone(self, worker: Worker) -> None:
+        """`place` looks at the state."""
+
+    def look_again(self) -> None:
         """`place` looks at the state."""
 
     def hopeless(self, now: float) -> Iterable[Request]:
@@ -131,6 +146,9 @@ class WarmFirst:
                     return
                 told += 1
                 yield Outlook(request, position)
+
+    def backlog_s(self, model: str, now: float) -> float | None:
+        return None
 
     def next_deadline(self) -> float:
         return inf

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from broker.core import BrokerCore
-from broker.events import Effect, Event, Forward, Garbled, Note, Overflowed, Received, Send, Side, Unreachable
+from broker.events import Effect, Event, Forward, Garbled, Note, Overflowed, Received, Send, Side, Supply, Unreachable
 from broker.settings import BrokerSettings
 from common import history, protocol
 from common.config import refuse_exposed
 from common.errors import Code, ProtocolError
 from common.logs import Log
 from common.process import until
-from common.protocol import FRAME_BYTES_MAX, Accepted, Chunk, End, Error, Failed, Leased, Lost
+from common.protocol import FRAME_BYTES_MAX, Accepted, Chunk, End, Error, Failed, Leased, Lost, Part
 from common.transport import Sent, Socket
 
 log = Log("broker")
@@ -63,10 +63,11 @@ class Broker:
 
     def _on_gateway_frame(self, peer: bytes, frame: bytes) -> None:
         try:
-            message, payload = protocol.from_gateway.decode(frame)
+            message, end = protocol.from_gateway.header(frame)
         except ProtocolError as error:
             self._feed(Garbled(Side.GATEWAY, peer, str(error)))
             return
+        payload = b"" if type(message) is Part else frame[end:]  # a part goes on as it is
         self._feed(Received(Side.GATEWAY, peer, message, payload, frame))
 
     def _on_worker_frame(self, peer: bytes, frame: bytes) -> None:
@@ -97,6 +98,9 @@ class Broker:
         for effect in effects:
             if type(effect) is Forward:
                 self._forward(effect.peer, effect.rid, effect.frame)
+            elif type(effect) is Supply:
+                if self._workers.send(effect.frame, effect.peer, droppable=True) is Sent.GONE:
+                    effects += self.core.handle(Unreachable(Side.WORKER, effect.peer), self._loop.time())
             elif type(effect) is Send:
                 socket = self._gateways if effect.side is Side.GATEWAY else self._workers
                 told = effect.message

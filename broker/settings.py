@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from broker.rules import Rules
 from common.config import Amount, Bytes, PositiveSeconds, Seconds, Settings, refuse_unbindable
 
 
@@ -30,9 +31,12 @@ class BrokerSettings(Settings, frozen=True):
     """How long a request that another broker had leased waits for its worker's claim, or a claim for its gateway."""
     gateway_grace_s: Seconds = 10.0
     """How long a request outlives its gateway, if its client's own grace is not longer."""
+    rules: tuple[str, ...] = ()
+    """Which hosts may serve what, as `model=PATTERN on KEY=VALUE` or `client=PATTERN not host=NAME`."""
     ended_max: Amount = 50_000
     """Ended requests that clients could still resume; beyond it the oldest are forgotten."""
 
     def __post_init__(self) -> None:
         refuse_unbindable(self.gateways, "--gateways")
         refuse_unbindable(self.workers, "--workers")
+        Rules(self.rules)

@@ -20,7 +20,7 @@ Rules
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -91,6 +91,10 @@ class Worker:
     rids: set[bytes] = field(default_factory=set)
     busy: Counter[tuple[str, str]] = field(default_factory=Counter)
 
+    def available(self, now: float) -> bool:
+        """Whether it may be given something."""
+        return self.reachable and not self.draining and self.paused_until <= now
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -128,6 +132,7 @@ class Request:
     terminal_payload: bytes = b""
     told: float = 0.0
     told_position: int = 0
+    told_begin: float | None = None
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_MAX))
 
     def __repr__(self) -> str:
@@ -146,7 +151,8 @@ class State:
         self.workers_by_peer: dict[bytes, Worker] = {}
         self.phases: Counter[Phase] = Counter()
         self.body_bytes = 0
-        self._offers: dict[str, list[Offer]] = {}
+        self._offers: dict[str, dict[tuple[str, str], Offer]] = {}
+        self._offered: dict[str, list[tuple[str, str]]] = {}
 
     def move(
         self,
@@ -226,20 +232,30 @@ class State:
         if not request.worker.busy[key]:
             del request.worker.busy[key]
 
-    def index_offers(self) -> None:
-        """Find again who offers what; called whenever workers or their engines have changed."""
-        self._offers = {}
-        for worker in self.workers.values():
-            for engine in worker.engines.values():
-                if engine.up:
-                    # What is done to its models is offered beside them, under a name that no model can have.
-                    self._offers[engine_name(worker.name, engine.url)] = [(worker, engine, _OPERATION)]
-                    for model in engine.models:
-                        self._offers.setdefault(model.name, []).append((worker, engine, model))
+    def index(self, worker: Worker) -> None:
+        """Note what a worker offers; called whenever it or its engines have changed."""
+        self.unindex(worker)
+        offered = self._offered[worker.name] = []
+        for engine in worker.engines.values():
+            if engine.up:
+                # What is done to its models is offered beside them, under a name that no model can have.
+                operation = (engine_name(worker.name, engine.url), _OPERATION)
+                for name, model in [operation, *((model.name, model) for model in engine.models)]:
+                    self._offers.setdefault(name, {})[worker.name, engine.url] = worker, engine, model
+                    offered.append((name, engine.url))
 
-    def offers(self, model: str) -> Sequence[Offer]:
+    def unindex(self, worker: Worker) -> None:
+        """It offers nothing."""
+        for name, url in self._offered.pop(worker.name, ()):
+            offers = self._offers[name]
+            offers.pop((worker.name, url), None)
+            if not offers:
+                del self._offers[name]
+
+    def offers(self, model: str) -> Collection[Offer]:
         """Every engine that has the model, full or not, draining or not."""
-        return self._offers.get(model, ())
+        offers = self._offers.get(model)
+        return offers.values() if offers else ()
 
     def models(self) -> tuple[str, ...]:
         """The names of all models that can be served now, sorted, and those that stand for engines."""
@@ -247,9 +263,12 @@ class State:
 
     def names(self) -> tuple[str, ...]:
         """The same as clients know them, embedding models last: who takes the first means one that answers."""
-        models = [item for item in self._offers.items() if not names_engine(item[0])]
-        models.sort(key=lambda item: (item[1][0][2].embedding, short_name(item[0])))
-        return tuple(short_name(name) for name, _ in models[:NAMES_MAX])
+        models = [
+            (next(iter(offers.values()))[2].embedding, short_name(name))
+            for name, offers in self._offers.items()
+            if not names_engine(name)
+        ]
+        return tuple(name for _, name in sorted(models)[:NAMES_MAX])
 
     def validate(self, queued: Iterable[Request]) -> None:
         """Check every rule of this module; `queued` is what the scheduler holds.
@@ -277,9 +296,10 @@ class State:
         check(resumable == len(self.refs), "requests that are gone can be resumed")
         check(len(self.gateways) == len(self.gateways_by_name), "a gateway is known by two routing ids")
         check(len(self.workers_by_peer) == len(self.workers), "a worker is known by two routing ids")
-        offers = self._offers
-        self.index_offers()
-        check(offers == self._offers, "the offers are not what the workers say")
+        anew = State()
+        for worker in self.workers.values():
+            anew.index(worker)
+        check(anew._offers == self._offers, "the offers are not what the workers say")
         for gateway in self.gateways_by_name.values():
             check(all(rid in self.requests for rid in gateway.rids), f"gateway {gateway.name} holds a foreign request")
             check(self.gateways.get(gateway.peer) is gateway, f"gateway {gateway.name} is not found by its peer")

@@ -23,10 +23,12 @@ from weftline_client import (
     WeftlineError,
 )
 
+from cli.fleet import age
 from cli.settings import ClientSettings, KeyOption, ModelOption, UrlOption, websocket_url
 from common import logs
 from common.command import ConfigOption, DataDirOption, JsonOption
 from common.errors import AuthError, ProcessError, UnreachableError, UsageError
+from common.ollama import progress_words
 
 _QUOTE: Final = '"""'
 INTERRUPTED: Final = 130
@@ -207,6 +209,7 @@ class Conversation:
         self._json = as_json
         self._status = _Status()
         client.on("queued", self._on_queued)
+        client.on("pulling", self._on_pulling)
 
     def ask(self, text: str) -> int:
         """Print the answer as it comes and keep it as context; returns the exit status.
@@ -282,7 +285,15 @@ class Conversation:
     def _on_queued(self, message: dict[str, Any]) -> None:
         """On the client's thread, before the first token."""
         self._event("queued", position=message["position"], etaMs=message.get("etaMs"))
-        self._status.show(f"waiting for a free host: number {message['position']} in the queue")
+        eta_ms = message.get("etaMs")
+        eta = "" if eta_ms is None else f", about {age(eta_ms)} more"
+        self._status.show(f"waiting for a free host: number {message['position']} in the queue{eta}")
+
+    def _on_pulling(self, message: dict[str, Any]) -> None:
+        """On the client's thread, before the first token."""
+        facts = {name: message.get(name) for name in ("status", "digest", "total", "completed")}
+        self._event("pulling", **facts)
+        self._status.show(f"no host has {message['model']} yet: {progress_words(message)}")
 
 
 class _Status:

@@ -131,7 +131,7 @@ def ps(
     rows = [
         [
             job.rid.hex()[:12],
-            f"queued #{job.position}" if job.position else job.state,
+            _standing(job),
             age(job.age_ms),
             job.model,
             job.client,
@@ -215,6 +215,12 @@ def resume(
     return 0
 
 
+def _standing(job: Job) -> str:
+    if not job.position:
+        return job.state
+    return f"queued #{job.position}" + ("" if job.eta_ms is None else f", in {age(job.eta_ms)}")
+
+
 def _state(host: Host, engine: Engine) -> str:
     return "down" if not engine.up else "draining" if host.draining else "up"
 
@@ -266,6 +272,7 @@ def _job_json(job: Job) -> dict[str, Any]:
         "model": job.model,
         "state": job.state,
         "position": job.position or None,
+        "etaMs": job.eta_ms,
         "ageMs": job.age_ms,
         "host": job.worker or None,
         "engine": job.engine or None,

@@ -279,7 +279,10 @@ def list_(as_json: JsonOption = False, data_dir: DataDir = None) -> None:
     for client in clients:
         state = f"revoked {client.revoked_at:%Y-%m-%d %H:%M}Z" if client.revoked_at else "active"
         algorithm, fingerprint = (client.key.algorithm, client.key.fingerprint[:16]) if client.key else ("-", "-")
-        print(f"{client.id:<{width}}  {algorithm:<7}  {fingerprint:<16}  {client.created_at:%Y-%m-%d}  {state}")
+        limits = f"weight {client.weight:g}  running {client.running_max or 'any'}"
+        print(
+            f"{client.id:<{width}}  {algorithm:<7}  {fingerprint:<16}  {client.created_at:%Y-%m-%d}  {limits}  {state}"
+        )
 
 
 def _may_look(data_dir: Path | None) -> bool:
@@ -294,7 +297,29 @@ def _client_json(client: Client) -> dict[str, Any]:
         "fingerprint": client.key.fingerprint if client.key else None,
         "createdAt": client.created_at.isoformat(),
         "revokedAt": client.revoked_at.isoformat() if client.revoked_at else None,
+        "weight": client.weight,
+        "runningMax": client.running_max,
     }
+
+
+@app.command()
+def limit(
+    name: Name,
+    weight: Annotated[
+        float | None, typer.Option(metavar="W", help="Its share among clients that wait: 2 gets twice as much as 1.")
+    ] = None,
+    running: Annotated[
+        int | None, typer.Option(metavar="N", help="How many of its requests run at once; 0: any number.")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Set what a client may have of the fleet. What is not named stays as it was."""
+    with _registry(data_dir) as store:
+        if weight is None and running is None:
+            raise UsageError("say what to set: --weight, --running, or both.")
+        client = store.limit(name, weight=weight, running_max=running)
+    bound = f"at most {client.running_max} of its requests run" if client.running_max else "any number of requests runs"
+    print(f"{name}: weight {client.weight:g}; {bound} at once. Gateways know it within 2 s, for requests to come.")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from cli.settings import ClientSettings, KeyOption, UrlOption
 from common import logs
 from common.command import ConfigOption, DataDirOption, JsonOption, exits
 from common.errors import AuthError, ProcessError, UnreachableError, UsageError
+from common.ollama import progress_words
 from common.protocol import short_name
 from gateway.store import FILE_NAME, Scope, Store
 
@@ -130,11 +131,16 @@ def where(
     """Say which hosts have a model, or each of all models, and which hold it in memory."""
     with _gateway(url, token, data_dir, config) as http:
         found = _check(http.get("/fabric/models")).json()["models"]
+        pulls = _check(http.get("/fabric/pulls")).json()["pulls"]
     wanted = None if model is None else model.removesuffix(":latest")
     found = [entry for entry in found if wanted in (None, entry["name"])]
     if as_json:
         print_json(found)
         return 0
+    for one in pulls:
+        if wanted in (None, one["model"]):
+            hosts = ", ".join(one["hosts"])
+            print(f"{one['model']} is being pulled on {hosts}: {progress_words(one)}", file=sys.stderr)
     if not found:
         raise ProcessError(f"no host has {model}." if model else "no host has a model.")
     rows = [

@@ -1,7 +1,8 @@
 """What more than one part reads of Ollama's answers: NDJSON, server-sent events (SSE) or one document."""
 
 import contextlib
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import msgspec
 
@@ -102,6 +103,12 @@ def last_line(data: bytes) -> LastLine | None:
             last.usage = _wrapped.decode(line).response.usage
     last.done = last.type in LAST_EVENTS if event else last.done or last.status == SUCCESS
     return last
+
+
+def progress_words(line: Mapping[str, Any]) -> str:
+    """A line of progress (api/types.go, `ProgressResponse`) for people."""
+    total = line.get("total")
+    return f"{line['status']}, {100 * (line.get('completed') or 0) // total} %" if total else str(line["status"])
 
 
 def _count(number: int) -> int:

@@ -4,7 +4,7 @@ A message is ONE ZeroMQ frame (after the routing id that a ROUTER adds):
 
     4 bytes, big-endian    length of the header
     header                 msgpack map; the key "t" names the type, e.g. {"t": "chunk", "rid": ..., "seq": 7, "n": 2}
-    payload                the rest: opaque bytes (a request body, NDJSON lines)
+    payload                the rest: opaque bytes (a request body or a part of one, NDJSON lines)
 
 One frame forwards a third faster than header and payload as two, and the header of a chunk is the same on both sides of
 the broker, so that a token's frame crosses it unchanged. Unknown map keys are ignored; an unknown type is answered with
@@ -34,7 +34,11 @@ SILENCE_S: Final = HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX
 """… that is, after so long."""
 
 BODY_BYTES_MAX: Final = 16 * 2**20
-"""A request's body. Larger ones will travel in parts; until then they end in TOO_LARGE."""
+"""A request's body that travels in one message. A larger one stays at its gateway and is fetched in parts."""
+PART_BYTES_MAX: Final = 2**20
+"""A part of such a body, which its worker asks for …"""
+PARTS_MAX: Final = 4
+"""… so many at once for a lease."""
 FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 2**20
 """A whole message: the largest body and a header of at most 1 MiB (a register with thousands of models)."""
 CHUNK_BYTES_MAX: Final = 256 * 2**10
@@ -104,6 +108,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An Ollama server (or an embedded or simulated engine) behind a worker; `url` names it within the worker.
 
     `models_max`: how many models it holds at once, 0 if that is not known; one more would evict another.
+    `memory_bytes`: how much memory it has for them, 0 if that is not known.
     `disk_free_bytes`: room for more models on its disk, in whole GiB; None if the worker cannot see it.
     """
 
@@ -113,6 +118,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     up: bool = True
     error: Text = ""
     models_max: Count = 0
+    memory_bytes: Count = 0
     disk_free_bytes: Count | None = None
     models: Annotated[tuple[Model, ...], msgspec.Meta(max_length=MODELS_MAX)] = ()
 
@@ -180,6 +186,8 @@ class Submit(Message, frozen=True):
     `light`: a question that an engine answers beside its work, as /api/show is: its lease's digest is LIGHT. An
     operation on an engine's models, as /api/pull is, has the engine in place of a model (`engine_name`), and OPERATION.
 
+    `parted_bytes`: its body, of so many bytes, is not here: it stays at the gateway, and its worker will `want` it.
+
     For the scheduler: `priority` is interactive, normal or batch; the client's share is `weight`, and at most
     `running_max` of its requests run at once (0: any number). `prompt_bytes` of text are to be read, and at most
     `output_max` tokens to be written. `prefix`: hashes of the prompt's beginnings (common/prefix.py), the shortest
@@ -205,6 +213,7 @@ class Submit(Message, frozen=True):
     body_bytes: Count = 0
     migrate: bool = True
     light: bool = False
+    parted_bytes: Count = 0
     continued: Count = 0
     attachment: Count = 0
     absent_ms: Count | None = None
@@ -229,6 +238,17 @@ class Replay(Message, frozen=True):
     attempt: int
     start: int
     bytes_max: int = 4 * 2**20
+
+
+class Part(Message, frozen=True):
+    """What was wanted of a body, from `offset` on (gateway → broker → worker). It may be lost on the way.
+
+    Payload: as many bytes as were wanted.
+    """
+
+    rid: bytes
+    attempt: int
+    offset: Count
 
 
 class Ack(Message, frozen=True):
@@ -461,6 +481,15 @@ class State(Message, frozen=True):
     draining: bool = False
 
 
+class Want(Message, frozen=True):
+    """Send me `size` bytes of the body of a lease, from `offset` on (worker → broker → gateway)."""
+
+    rid: bytes
+    attempt: int
+    offset: Count
+    size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES_MAX)]
+
+
 class Refused(Message, frozen=True):
     """An `assign` the worker will not carry out: stale registration, unknown engine, draining."""
 
@@ -490,6 +519,7 @@ class Assign(Message, frozen=True):
     """Run a job on an engine. Payload: the request body. `digest` names the slot it takes.
 
     With `start` > 0 it is continued: `body_bytes` of the payload are the body, the rest its events below `start`.
+    With `parted_bytes` > 0 there is no payload: the worker asks for the body's parts.
     """
 
     rid: bytes
@@ -505,6 +535,7 @@ class Assign(Message, frozen=True):
     grace_ms: Count = 0
     start: Count = 0
     body_bytes: Count = 0
+    parted_bytes: Count = 0
 
 
 class Release(Message, frozen=True):
@@ -546,6 +577,7 @@ FromGateway = (
     | Detach
     | Attach
     | Replay
+    | Part
     | Ack
     | Started
     | Chunk
@@ -565,6 +597,7 @@ ToGateway = (
     | Chunk
     | Gap
     | Forgotten
+    | Want
     | End
     | Failed
     | Lost
@@ -574,8 +607,8 @@ ToGateway = (
     | Beat
     | Error
 )
-FromWorker = Register | State | Beat | Probe | Started | Chunk | Forgotten | End | Failed | Refused | Bye | Error
-ToWorker = Registered | Who | Assign | Cancel | Replay | Release | Drain | Superseded | ModelOp | Beat | Error
+FromWorker = Register | State | Beat | Probe | Started | Chunk | Forgotten | Want | End | Failed | Refused | Bye | Error
+ToWorker = Registered | Who | Assign | Cancel | Replay | Part | Release | Drain | Superseded | ModelOp | Beat | Error
 
 _encoder = msgspec.msgpack.Encoder()
 _HEADER = 4

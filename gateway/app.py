@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -20,7 +20,9 @@ from common.errors import ProcessError
 from common.logs import Log
 from common.process import gently, until
 from gateway.auth import Authenticator
+from gateway.autopull import AutoPull
 from gateway.fleet_api import FleetApi
+from gateway.hints import Share
 from gateway.http_api import HttpApi, TokenPaths
 from gateway.keyring import Keyring
 from gateway.metrics import Metrics
@@ -85,14 +87,18 @@ class Gateway:
                 changed = []
             if changed:
                 change = changed[-1].change
+            self._services.shares.update(shares(record for record in changed if isinstance(record, Client)))
             revoked = {record.id for record in changed if isinstance(record, Client) and record.revoked}
             tokens = [record for record in changed if isinstance(record, Token)]
             self._services.authenticator.revoke(revoked)
             self._keyring.revoke(revoked, {token.id for token in tokens})
-            self._api.revoke(revoked, {token.id for token in tokens if token.revoked})
+            revoked_tokens = {token.id for token in tokens if token.revoked}
+            self._api.revoke(revoked, revoked_tokens)
             for connection in list(self._connections) if revoked else ():
                 if connection.client in revoked:
                     connection.revoke()
+            if revoked or revoked_tokens:
+                self._services.pulls.revoke(revoked, revoked_tokens)
             if revoked:
                 self._services.upstream.revoke(revoked)
             await asyncio.sleep(REVOCATIONS_S)
@@ -201,6 +207,11 @@ def _plain_error(_: Request, error: HTTPException) -> Response:
     return PlainTextResponse(text, error.status_code, error.headers)
 
 
+def shares(clients: Iterable[Client]) -> dict[str, Share]:
+    """What these clients may have."""
+    return {client.id: Share(client.weight, client.running_max) for client in clients}
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers: the process has one place for signals."""
 
@@ -243,7 +254,9 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
             upstream=upstream,
             authenticator=Authenticator(store.get, settings.public_url or f"ws://{actual}"),
             metrics=Metrics(upstream),
+            pulls=AutoPull(settings, upstream, store),
             aliases={alias.name: alias.target for alias in store.aliases()},
+            shares=shares(store.list()),
         )
         keyring = Keyring(store.find_token)
         gateway = Gateway(services, keyring, store)
@@ -278,8 +291,10 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
                 asyncio.Event(),
                 gateway.until_drained(stop),
                 upstream.run(),
+                upstream.supply(),
                 upstream.broken(),
                 gateway.watch_revocations(store),
+                services.pulls.run(),
                 asyncio.shield(serving),
             )
             await gateway.dismiss()

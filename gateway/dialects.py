@@ -43,7 +43,7 @@ def status_of(failed: Failed) -> int:
 
 def words_of(path: str, model: str, failed: Failed) -> str:
     """What went wrong, as Ollama would have said it where it has words for it."""
-    if failed.code is Code.MODEL_NOT_FOUND:
+    if failed.code is Code.MODEL_NOT_FOUND and not failed.status:  # else somebody else has found words for it
         if path in ("/api/embed", "/api/embeddings", "/v1/embeddings"):
             return f'model "{short_name(model)}" not found, try pulling it first'
         return f"model '{short_name(model)}' not found"

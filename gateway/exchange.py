@@ -8,18 +8,22 @@ length, and a failure a status. When the client leaves, the request is cancelled
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from common.errors import Code, FabricError
 from common.logs import Log
 from common.ollama import NDJSON, SSE, document
 from common.protocol import BODY_BYTES_MAX, End, Failed
+from gateway.autopull import AutoPull, Waiter
 from gateway.dialects import RETRY_AFTER_S, STATUS, Dialect, status_of, words_of
+from gateway.hints import EVERYBODYS, NO_HINTS, Hints, Share
 from gateway.keyring import Grant
 from gateway.metrics import Metrics
 from gateway.session import Begins, Events, Moved, Output, Over, Stream
+from gateway.spool import SPOOL_AT, Spool, Spools
 from gateway.upstream import Upstream
 
 log = Log("gateway")
@@ -29,6 +33,7 @@ JSON: Final = b"application/json; charset=utf-8"
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
 
 
 class Gone(Exception):
@@ -45,10 +50,16 @@ class Call:
     path: str
     body: bytes
     light: bool = False
+    spool: Spool | None = None
+    """The body, if it is a large one."""
+    priority: str = "normal"
+    deadline_ms: int | None = None
+    hints: Hints = NO_HINTS
+    share: Share = EVERYBODYS
 
 
 async def read_body(receive: Receive, ending: "Ending") -> bytes:
-    """The whole body.
+    """The whole body, in memory.
 
     Raises:
         Gone: the client left.
@@ -56,18 +67,114 @@ async def read_body(receive: Receive, ending: "Ending") -> bytes:
     """
     parts: list[bytes] = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Gone
-        part = message.get("body", b"")
+    more = True
+    while more:
+        part, more = await _read(receive)
         size += len(part)
-        if size > BODY_BYTES_MAX:
-            raise FabricError(Code.TOO_LARGE, f"a request may have at most {BODY_BYTES_MAX} bytes")
+        _check_size(size, BODY_BYTES_MAX)
         ending.hold(len(part))
         parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    return b"".join(parts)
+
+
+async def read_large(receive: Receive, ending: "Ending", spools: Spools, bytes_max: int) -> bytes | Spool:
+    """The whole body: in memory if it is small, else in a file, which `ending` closes.
+
+    Raises:
+        Gone: the client left.
+        FabricError: TOO_LARGE; QUEUE_FULL, there is no room; or why it was ended from outside.
+    """
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more and size <= SPOOL_AT:
+        part, more = await _read(receive)
+        size += len(part)
+        _check_size(size, bytes_max)
+        ending.hold(len(part))
+        parts.append(part)
+    if size <= SPOOL_AT:
+        return b"".join(parts)
+    spool = ending.own(Spool(spools))
+    await attended(fill(spool, receive, bytes_max, parts, more=more), ending)
+    return spool
+
+
+async def fill(
+    spool: Spool, receive: Receive, bytes_max: int, parts: list[bytes] | None = None, *, more: bool = True
+) -> None:
+    """Write a body into a file: `parts` of it, and what is still to come.
+
+    Raises:
+        Gone: the client left.
+        FabricError: TOO_LARGE, or QUEUE_FULL, there is no room.
+    """
+    parts = parts or []
+    size = sum(map(len, parts))
+    while True:
+        if size >= SPOOL_AT or not more:
+            await spool.write(b"".join(parts))
+            parts.clear()
+            size = 0
+        if not more:
+            return
+        part, more = await _read(receive)
+        size += len(part)
+        _check_size(spool.size + size, bytes_max)
+        parts.append(part)
+
+
+async def _read(receive: Receive) -> tuple[bytes, bool]:
+    """The next piece of a body, and whether there is more of it."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise Gone
+    return message.get("body", b""), message.get("more_body", False)
+
+
+def _check_size(size: int, bytes_max: int) -> None:
+    if size > bytes_max:
+        raise FabricError(Code.TOO_LARGE, f"a request may have at most {bytes_max} bytes")
+
+
+def check_length(scope: Message, bytes_max: int, spools: Spools) -> int:
+    """How many bytes the body announces itself to have, 0 if it does not; refuse it at once if they are too many.
+
+    Raises:
+        FabricError: TOO_LARGE, or QUEUE_FULL, there is no room.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            length = int(value)
+            _check_size(length, bytes_max)
+            if length > SPOOL_AT:
+                spools.check(length)
+            return length
+    return 0
+
+
+async def attended(work: Coroutine[Any, Any, T], ending: "Ending", receive: Receive | None = None) -> T:
+    """Do the work, until its client leaves (`receive`: listen whether it does) or it is ended from outside.
+
+    Raises:
+        Gone: the client left.
+        FabricError: why it was ended.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[FabricError] = loop.create_future()
+    working = loop.create_task(work)
+    gone = [] if receive is None else [loop.create_task(until_gone(receive))]
+    try:
+        ending.watch(ended.set_result)
+        awaited: set[asyncio.Future[Any]] = {working, ended, *gone}
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ended.result() if ended.done() else Gone
+    finally:
+        ending.watch(None)
+        for task in (working, *gone):
+            task.cancel()
+        await asyncio.gather(working, *gone, return_exceptions=True)
 
 
 async def answer(
@@ -108,6 +215,7 @@ class Ending:
         self.grant = grant
         self._room = room
         self._held = 0
+        self._spools: list[Spool] = []
         self._reason: FabricError | None = None
         self._tell: Callable[[FabricError], None] | None = None
 
@@ -122,10 +230,17 @@ class Ending:
         self._room.bytes_left -= size
         self._held += size
 
+    def own(self, spool: Spool) -> Spool:
+        """Close it at `release`."""
+        self._spools.append(spool)
+        return spool
+
     def release(self) -> None:
         """Nothing is kept any more."""
         self._room.bytes_left += self._held
         self._held = 0
+        while self._spools:
+            self._spools.pop().close()
 
     def end(self, reason: FabricError) -> None:
         """Now, or when the work begins. The first reason counts."""
@@ -148,11 +263,15 @@ class Ending:
 class Exchange:
     """The answer to one call. `run` it once."""
 
-    def __init__(self, dialect: Dialect, upstream: Upstream, metrics: Metrics, outbox_bytes_max: int) -> None:
+    def __init__(
+        self, dialect: Dialect, upstream: Upstream, metrics: Metrics, outbox_bytes_max: int, pulls: AutoPull
+    ) -> None:
         self._dialect = dialect
         self._upstream = upstream
         self._metrics = metrics
         self._outbox_bytes_max = outbox_bytes_max
+        self._pulls = pulls
+        self._waiter: Waiter | None = None
         self._stream: Stream | None = None
         self._ending: Ending
         self._head = Begins(200, "application/json")
@@ -173,7 +292,8 @@ class Exchange:
         """
         ending.watch(self._end)
         self._ending = ending
-        stream = self._stream = self._upstream.submit(
+        submit = partial(
+            self._upstream.submit,
             client=call.client,
             ref=call.ref,
             model=call.model,
@@ -181,7 +301,20 @@ class Exchange:
             body=call.body,
             sink=self._hear,
             light=call.light,
+            spool=call.spool,
+            priority=call.priority,
+            hints=call.hints,
+            share=call.share,
         )
+
+        def again(deadline_ms: int | None) -> None:
+            self._stream = submit(deadline_ms=deadline_ms)
+
+        if self._pulls.may(call.model):
+            self._waiter = Waiter(
+                self._pulls, token=ending.grant.token, size=len(call.body), submit=again, sink=self._hear
+            )
+        self._stream = submit(deadline_ms=call.deadline_ms)
         self._metrics.requests += 1
         watch = asyncio.get_running_loop().create_task(until_gone(receive))
         watch.add_done_callback(lambda _: self._filled.set())
@@ -198,14 +331,22 @@ class Exchange:
             ending.watch(None)
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
-            if self._over is None:
-                self._upstream.forget(stream)
+            self._forget()
+            self._waiter = None  # it holds the body, and this
+
+    def _forget(self) -> None:
+        """Whatever is under way is not wanted any more."""
+        assert self._stream is not None
+        if self._waiter is not None:
+            self._waiter.leave()
+        if self._over is None:
+            self._upstream.forget(self._stream)
 
     def _end(self, reason: FabricError) -> None:
         """It is ended from outside."""
         assert self._stream is not None
         if self._over is None:
-            self._upstream.forget(self._stream)
+            self._forget()
             rid, attempt = self._stream.submit.rid, self._stream.attempt
             self._hear(Over(Failed(rid=rid, attempt=attempt, code=reason.code, message=reason.message), b""))
 
@@ -231,10 +372,13 @@ class Exchange:
                     self._metrics.pauses += 1
                     self._stream.pause()
             case Begins():
+                self._waiter = None
                 self._head = output
                 self._streamed = output.content_type.partition(";")[0].strip() in (NDJSON, SSE)
             case Over():
                 assert self._stream is not None
+                if self._waiter is not None and self._waiter.take(self._stream, output.terminal):
+                    return  # its end, or another stream, comes when the model has been pulled
                 self._over = output
                 self._metrics.finished(self._stream, output.terminal)
             case Moved():

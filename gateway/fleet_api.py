@@ -10,7 +10,7 @@ Whoever asks needs the scope models:write. Each operation is written into the au
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qs
@@ -21,18 +21,16 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from common.errors import Code, FabricError
-from common.logs import Log
 from common.ollama import NDJSON, UNREADABLE
 from common.protocol import NAME_CHARS_MAX, Host, full_name, short_name
+from gateway.blobs import Blobs
 from gateway.dialects import STATUS
-from gateway.exchange import Ending, Gone, answer, read_body, until_gone
+from gateway.exchange import Ending, Gone, answer, attended, read_body, until_gone
 from gateway.http_api import OLLAMA, Endpoint, HttpApi, fields_of
 from gateway.keyring import Grant
-from gateway.operations import TELL_S, Choice, Operation, Target, choose, refuse_eviction
-from gateway.store import Scope, Store, StoreError
+from gateway.operations import TELL_S, Choice, Operation, Target, choose, refuse_eviction, write_down
+from gateway.store import Scope, Store
 from gateway.websocket import Services
-
-log = Log("gateway")
 
 _CHOICE: Final = frozenset({"hosts", "labels", "copies", "stream", "keepAlive"})
 _encode = msgspec.json.Encoder().encode
@@ -46,6 +44,8 @@ class _Request(Choice):
     source: str = ""
     destination: str = ""
     from_: str = msgspec.field(name="from", default="")
+    files: dict[str, str] | None = None
+    adapters: dict[str, str] | None = None
     stream: bool | None = True
     keep_alive: int | str = -1
 
@@ -55,7 +55,10 @@ _request = msgspec.json.Decoder(_Request)
 
 @dataclass(slots=True, frozen=True)
 class _Job:
-    """What is to be done: which call on which engines, to which models, and whether its progress is told."""
+    """What is to be done: which call on which engines, to which models, and whether its progress is told.
+
+    `files` are needed for it: of the engines only those count that have them.
+    """
 
     action: str
     method: str
@@ -64,6 +67,8 @@ class _Job:
     targets: list[Target]
     models: tuple[str, ...]
     streams: bool
+    choice: Choice
+    files: tuple[str, ...] = ()
 
 
 class FleetApi:
@@ -73,6 +78,7 @@ class FleetApi:
         self._api = api
         self._services = services
         self._store = store
+        self._blobs = Blobs(api, services, store)
 
     def routes(self) -> Iterable[BaseRoute]:
         for path, method in (
@@ -85,6 +91,7 @@ class FleetApi:
         ):
             work = partial(self._operate, path)
             yield Route(path, Endpoint(self._api, OLLAMA, Scope.MODELS_WRITE, work), methods=[method])
+        yield self._blobs.route()
 
     async def _operate(self, path: str, ending: Ending, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Do what a request asks."""
@@ -93,6 +100,9 @@ class FleetApi:
         for model in job.models:
             if not ending.grant.allows_model(model):
                 raise FabricError(Code.FORBIDDEN, f"this key may not touch the model {short_name(model)!r}")
+        if job.files:
+            finding = self._blobs.holders(ending.grant.client, job.choice, job.targets, job.files)
+            job = replace(job, targets=await attended(finding, ending, receive))
         detail = parse_qs(scope["query_string"].decode("latin-1")).get("detail") == ["hosts"]
         await self._run(job, ending, detail, receive, send)
 
@@ -109,16 +119,17 @@ class FleetApi:
         if not names[0] or any(len(model) > NAME_CHARS_MAX for model in models):
             raise FabricError(Code.INVALID_MESSAGE, f"model is required, with at most {NAME_CHARS_MAX} characters")
         model, method, streams = models[0], "POST", False
+        files = (*(request.files or {}).values(), *(request.adapters or {}).values())
         rest: dict[str, Any] = {key: value for key, value in fields.items() if key not in _CHOICE}
         match path:
             case "/api/pull":
-                anywhere = request.hosts is None and not request.labels
-                copies = request.copies or (anywhere and self._services.settings.pull_copies) or None
+                copies = request.copies or (request.anywhere and self._services.settings.pull_copies) or None
                 targets = choose(hosts, msgspec.structs.replace(request, copies=copies), first=model)
                 streams = True
             case "/api/create":
                 having = models[1] if request.from_ else None
-                targets = choose(hosts, request, having) or choose(hosts, request)
+                choice = msgspec.structs.replace(request, copies=None) if files else request
+                targets = choose(hosts, choice, having) or choose(hosts, choice)
                 streams = True
             case "/api/push":
                 targets = self._having(hosts, request, model)[:1]
@@ -130,13 +141,14 @@ class FleetApi:
                 rest = {"model": names[0], "keep_alive": request.keep_alive, "stream": False}
                 embeds = any(m.embedding for h in hosts for e in h.engines for m in e.models if m.name == model)
                 path = "/api/embed" if embeds else "/api/generate"
-                return _Job("load", method, path, _encode(rest), targets, models, False)
+                return _Job("load", method, path, _encode(rest), targets, models, False, request)
             case _:
                 targets = self._having(hosts, request, model)
                 method = "DELETE" if path == "/api/delete" else "POST"
         rest |= {"stream": True} if streams else {}
         action = path.rpartition("/")[2]
-        return _Job(action, method, path, _encode(rest), targets, models, streams and request.stream is not False)
+        streams = streams and request.stream is not False
+        return _Job(action, method, path, _encode(rest), targets, models, streams, request, files)
 
     def _having(self, hosts: tuple[Host, ...], choice: Choice, model: str) -> list[Target]:
         targets = choose(hosts, choice, model)
@@ -191,21 +203,15 @@ class FleetApi:
             await answer(send, 200, b"" if empty else _encode(last))
 
     async def _write_down(self, job: _Job, grant: Grant, outcome: str) -> None:
-        hosts = sorted({target.host for target in job.targets})
-        models = " ".join(job.models)
-        log("operation on models", action=job.action, model=models, client=grant.client, hosts=hosts, outcome=outcome)
-        try:
-            await asyncio.to_thread(
-                self._store.write_audit,
-                client_id=grant.client,
-                token_id=grant.token,
-                action=job.action,
-                model=models,
-                hosts=hosts,
-                outcome=outcome,
-            )
-        except StoreError as error:
-            log.warn("operation not written down", reason=str(error))
+        await write_down(
+            self._store,
+            action=job.action,
+            models=" ".join(job.models),
+            client=grant.client,
+            token=grant.token,
+            hosts=sorted({target.host for target in job.targets}),
+            outcome=outcome,
+        )
 
 
 async def _send_lines(send: Send, lines: list[dict[str, Any]], *, started: bool, ended: bool = False) -> None:

@@ -12,10 +12,13 @@ not through a proxy, name a loopback host (else a web page could reach it by reb
 sent it, that page must be from a loopback host too.
 """
 
+import asyncio
 import ipaddress
+import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from functools import partial
+from itertools import product
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +29,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from common.config import default_data_dir
 from common.errors import Code, FabricError
 from common.logs import Log
 from common.ollama import UNREADABLE
@@ -33,8 +37,11 @@ from common.protocol import Host, full_name, short_name
 from gateway import catalogue
 from gateway.catalogue import Catalogue
 from gateway.dialects import Anthropic, Dialect, Ollama, OpenAI
-from gateway.exchange import Call, Ending, Exchange, Gone, Room, read_body, refuse
+from gateway.exchange import Call, Ending, Exchange, Gone, Room, attended, check_length, read_large, refuse
+from gateway.hints import NATIVE, hints_of, options_with
 from gateway.keyring import Grant, Keyring
+from gateway.messages import DEADLINE_MS_MAX, PRIORITIES
+from gateway.spool import Spool, Spools
 from gateway.store import MODEL_CHARS_MAX, MODELS, SCOPES, Scope, StoreError, token_digest
 from gateway.websocket import Services
 
@@ -57,6 +64,8 @@ log = Log("gateway")
 
 Work = Callable[[Ending, AsgiScope, Receive, Send], Awaitable[None]]
 TOKEN_PREFIX: Final = "/k/"
+PRIORITY: Final = b"x-weftline-priority"
+DEADLINE: Final = b"x-weftline-deadline-ms"
 
 _json = msgspec.json.Encoder().encode
 
@@ -68,7 +77,19 @@ class _Job(msgspec.Struct):
     name: str = ""
 
 
+_VARIANTS: Final = [
+    name
+    for field in _Job.__struct_fields__
+    for name in map("".join, product(*((letter, letter.upper()) for letter in field)))
+    if name != field
+]
+"""The other ways to write a field, for an engine that reads it in any case. (No letter of theirs has a third form.)"""
+_LargeJob: Any = msgspec.defstruct(
+    "_LargeJob", [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in _VARIANTS], bases=(_Job,)
+)
+
 _job = msgspec.json.Decoder(_Job)
+_large_job = msgspec.json.Decoder(_LargeJob)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -94,6 +115,9 @@ class HttpApi:
         self._catalogue = Catalogue(services.upstream)
         self._running: set[Ending] = set()
         self._room = Room()
+        settings = services.settings
+        folder = settings.spool_dir or settings.data_dir or default_data_dir()
+        self.spools = Spools(folder, settings.spool_bytes_max)
         self.draining = False
 
     @property
@@ -122,6 +146,7 @@ class HttpApi:
         yield self._list("/api/tags", lambda hosts, allowed, _: catalogue.tags(hosts, allowed, aliases))
         yield self._list("/api/ps", lambda hosts, allowed, _: catalogue.ps(hosts, allowed))
         yield self._list("/fabric/models", lambda hosts, allowed, _: catalogue.fabric_models(hosts, allowed))
+        yield self._list("/fabric/pulls", lambda _, allowed, __: {"pulls": self._services.pulls.under_way(allowed)})
         yield self._list(
             "/v1/models", lambda hosts, allowed, _: catalogue.openai_models(hosts, allowed, aliases), OPENAI
         )
@@ -192,15 +217,48 @@ class HttpApi:
     ) -> None:
         """Hand a request to an engine."""
         services, grant = self._services, ending.grant
-        body = await read_body(receive, ending)
-        asked = _model_of(body)
+        settings = services.settings
+        priority, deadline_ms = _urgency(scope)
+        check_length(scope, settings.body_bytes_max, self.spools)
+        received = await read_large(receive, ending, self.spools, settings.body_bytes_max)
+        spool = received if isinstance(received, Spool) else None
+        body = b"" if isinstance(received, Spool) else received
+        asked = _model_of(body) if spool is None else _model_of_large(spool)
         if not grant.allows_model(asked):
             raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(asked)!r}")
         model = services.model(asked)
-        body = body if model == asked else _with_model(body, model)
-        ref = secrets.token_hex(8)
-        call = Call(client=grant.client, ref=ref, model=model, path=path, body=body, light=light)
-        exchange = Exchange(dialect, services.upstream, services.metrics, services.settings.outbox_bytes_max)
+        changes: dict[str, bytes] = {}
+        if model != asked:
+            changes["model"] = _json(short_name(model))
+        num_ctx = settings.num_ctx_of(model) if path.startswith(NATIVE) and not light else None
+        if num_ctx is not None:
+            options = options_with(body if spool is None else spool.view(), num_ctx)
+            changes |= {} if options is None else {"options": options}
+        if spool is None:
+            body = _with_fields(body, changes) if changes else body
+            hints = hints_of(path, body)
+        else:
+            # Of two fields of one name the last one counts, in Go as here.
+            end = b"".join(b',"%b":%b' % (name.encode(), value) for name, value in changes.items())
+            if end:
+                await spool.replace_end(end + b"}")
+            hints = await attended(asyncio.to_thread(hints_of, path, spool.view()), ending)
+        call = Call(
+            client=grant.client,
+            ref=secrets.token_hex(8),
+            model=model,
+            path=path,
+            body=body,
+            light=light,
+            spool=spool,
+            priority=priority,
+            deadline_ms=deadline_ms,
+            hints=hints,
+            share=services.share(grant.client),
+        )
+        exchange = Exchange(
+            dialect, services.upstream, services.metrics, services.settings.outbox_bytes_max, services.pulls
+        )
         await exchange.run(call, ending, receive, send)
 
     async def root(self, request: Request) -> Response:
@@ -290,7 +348,22 @@ def _model_of(body: bytes) -> str:
         job = _job.decode(body)
     except UNREADABLE as error:
         raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
-    model = job.model or job.name
+    return _checked(job.model or job.name)
+
+
+def _model_of_large(spool: Spool) -> str:
+    """The same of a body in a file, in one pass and without memory for what else is in it."""
+    try:
+        job = _large_job.decode(spool.view())
+    except UNREADABLE as error:
+        raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
+    for variant in _VARIANTS:
+        if getattr(job, variant) is not msgspec.UNSET:
+            raise FabricError(Code.INVALID_MESSAGE, f"write {variant.casefold()!r}, not {variant!r}")
+    return _checked(job.model or job.name)
+
+
+def _checked(model: str) -> str:
     if not model:
         raise FabricError(Code.INVALID_MESSAGE, "model is required")
     if len(model) > MODEL_CHARS_MAX:
@@ -298,10 +371,30 @@ def _model_of(body: bytes) -> str:
     return full_name(model)
 
 
-def _with_model(body: bytes, model: str) -> bytes:
-    """The same request for another model."""
-    fields = {name: value for name, value in _fields.decode(body).items() if name != "name"}
-    return _json(fields | {"model": short_name(model)})
+def _with_fields(body: bytes, changes: Mapping[str, bytes]) -> bytes:
+    """The same request with other fields (JSON), which come last; one for another model has no `name`."""
+    fields = _fields.decode(body)
+    for name in (*changes, "name") if "model" in changes else changes:
+        fields.pop(name, None)
+    return _json(fields | {name: msgspec.Raw(value) for name, value in changes.items()})
+
+
+def _urgency(scope: AsgiScope) -> tuple[str, int | None]:
+    """The priority of a request and the ms in which its answer is wanted.
+
+    Raises:
+        FabricError: INVALID_MESSAGE, a header says something else.
+    """
+    priority = _header(scope, PRIORITY) or "normal"
+    if priority not in PRIORITIES:
+        raise FabricError(Code.INVALID_MESSAGE, f"X-Weftline-Priority must be one of {', '.join(PRIORITIES)}")
+    deadline = _header(scope, DEADLINE)
+    if deadline is None:
+        return priority, None
+    if not re.fullmatch(r"\d{1,8}", deadline, re.ASCII) or not 0 < int(deadline) <= DEADLINE_MS_MAX:
+        text = f"X-Weftline-Deadline-Ms must be a whole number from 1 to {DEADLINE_MS_MAX}"
+        raise FabricError(Code.INVALID_MESSAGE, text)
+    return priority, int(deadline)
 
 
 def _header(scope: AsgiScope, name: bytes) -> str | None:

@@ -47,9 +47,14 @@ class Grant:
 
     def allows_model(self, name: str) -> bool:
         """Whether it may use the model, however it is written: `llama2` and `llama2:latest` are one."""
-        full = full_name(name)
-        short = short_name(full)
-        return any(fnmatchcase(short, pattern) or fnmatchcase(full, pattern) for pattern in self.models)
+        return matches(name, self.models)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns means the model, with its tag or, where that is `latest`, without."""
+    full = full_name(name)
+    short = short_name(full)
+    return any(fnmatchcase(short, pattern) or fnmatchcase(full, pattern) for pattern in patterns)
 
 
 class Keyring:

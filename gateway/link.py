@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec.structs import replace
+
 from common.errors import Code
 from common.protocol import (
     HEARTBEAT_INTERVAL_S,
@@ -44,6 +46,7 @@ from common.protocol import (
     Probe,
     Snapshot,
     Submit,
+    Want,
     Who,
 )
 from common.standby import Brokers
@@ -310,6 +313,7 @@ class Link:
             # Only now it changes hands: a client that has gone on to another gateway must not lose it there.
             former, _ = self._streams.get(submit.rid, (None, None))
             body, events = payload[: submit.body_bytes], payload[submit.body_bytes :]
+            submit = replace(submit, parted_bytes=0)  # if it was in parts, they are where it came from
             stream = Stream(submit, body, now, histories=self._histories, wanted=attachment.wanted, events=events)
             if former is not None:
                 self._streams[submit.rid][1](Moved())
@@ -326,7 +330,7 @@ class Link:
         """Of a request that is over here."""
         if isinstance(message, End | Failed):
             self._tell(Ack(rid=rid))
-        elif isinstance(message, Accepted | Chunk):
+        elif isinstance(message, Accepted | Chunk | Want):
             # Given up here while there was no broker.
             self._tell(Cancel(rid=rid, reason="its gateway does not know it"))
 

@@ -17,6 +17,9 @@ VALUES_MAX: Final = 100_000
 """Values (strings, numbers, lists, maps) in a message larger than SMALL: 16 MiB of empty lists would take 1.2 GB and
 hold up everyone for 5 s. More of them is a bad message."""
 
+PRIORITIES: Final = ("interactive", "normal", "batch")
+DEADLINE_MS_MAX: Final = 86_400_000
+
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -47,8 +50,8 @@ class Job(FromClient, frozen=True, kw_only=True):
     model: ModelName
     options: dict[str, Any] = {}
     keep_alive: str | float | None = None
-    priority: Annotated[str, Meta(pattern="^(interactive|normal|batch)$")] = "normal"
-    deadline_ms: Annotated[int, Meta(gt=0, le=86_400_000)] | None = None
+    priority: Annotated[str, Meta(pattern=f"^({'|'.join(PRIORITIES)})$")] = "normal"
+    deadline_ms: Annotated[int, Meta(gt=0, le=DEADLINE_MS_MAX)] | None = None
     migrate: bool = True
 
 
@@ -127,6 +130,17 @@ class Queued(ToClient, frozen=True, kw_only=True, tag="queued"):
     id: str
     position: int
     eta_ms: int | None = None
+
+
+class Pulling(ToClient, frozen=True, kw_only=True, tag="pulling"):
+    """No host has the model; it is being pulled. The fields after `model` are those of a line of Ollama's /api/pull."""
+
+    id: str
+    model: str
+    status: str
+    digest: str | None = None
+    total: int | None = None
+    completed: int | None = None
 
 
 class StreamStart(ToClient, frozen=True, kw_only=True, tag="stream_start"):
@@ -208,6 +222,7 @@ ServerMessage = (
     Challenge
     | AuthResult
     | Queued
+    | Pulling
     | StreamStart
     | StreamToken
     | StreamEnd

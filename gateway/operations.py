@@ -20,16 +20,23 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from common.errors import Code, FabricError
+from common.logs import Log
 from common.ollama import SUCCESS, UNREADABLE
 from common.protocol import Count, End, Failed, Host, engine_name
-from gateway.session import Events, Output, Over, Stream, Waits
+from gateway.session import Begins, Events, Output, Over, Stream, Waits
+from gateway.spool import Spool
+from gateway.store import Store, StoreError
 from gateway.upstream import Upstream
+
+log = Log("gateway")
 
 TELL_S: Final = 0.1
 TRIES_MAX: Final = 4
 BACKOFF_S: Final = 1.0
 DISK_RESERVE_BYTES: Final = 2**30
 """What a pull leaves free."""
+SENT_MAX: Final = 8
+"""Engines that a large body is sent to at once: each has some parts of it under way."""
 LAYERS_MAX: Final = 256
 STATUSES_MAX: Final = 1_000
 """Beyond these an engine's lines are no longer told: a model has a handful of layers."""
@@ -53,6 +60,11 @@ class Choice(msgspec.Struct, rename="camel"):
     hosts: list[str] | None = None
     labels: list[str] = []
     copies: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether it names none."""
+        return self.hosts is None and not self.labels
 
 
 def choose(
@@ -205,13 +217,23 @@ class Operation:
     """One operation. `run` it once, and look at `progress` meanwhile."""
 
     def __init__(
-        self, upstream: Upstream, client: str, targets: Sequence[Target], method: str, path: str, body: bytes
+        self,
+        upstream: Upstream,
+        client: str,
+        targets: Sequence[Target],
+        method: str,
+        path: str,
+        body: bytes,
+        spool: Spool | None = None,
     ) -> None:
         self._upstream = upstream
         self._client = client
         self._targets = targets
-        self._method, self._path, self._body = method, path, body
+        self._method, self._path, self._body, self._spool = method, path, body, spool
+        self._room = asyncio.Semaphore(SENT_MAX if spool is not None else len(targets))
         self.progress = Progress(targets)
+        self.statuses: dict[Target, int] = {}
+        """What each engine answered last, in HTTP's numbers."""
 
     async def run(self) -> None:
         """Do it on all engines; what became of it `progress` tells. Cancelling it stops them."""
@@ -220,6 +242,10 @@ class Operation:
                 group.create_task(self._on(target))
 
     async def _on(self, target: Target) -> None:
+        async with self._room:
+            await self._try(target)
+
+    async def _try(self, target: Target) -> None:
         for tried in range(1, TRIES_MAX + 1):
             error, passing = await self._once(target)
             if not passing or tried == TRIES_MAX:
@@ -240,6 +266,8 @@ class Operation:
                 if not lacking and (why := self.progress.lacks_room(target)):
                     lacking.append(why)
                     self._upstream.cancel(stream, why)
+            elif isinstance(output, Begins):
+                self.statuses[target] = output.status
             elif isinstance(output, Waits):
                 self.progress.take(target, Line(status=f"{target.host}: waiting for other operations there"))
             elif isinstance(output, Over) and not over.done():
@@ -258,6 +286,7 @@ class Operation:
             return "", False
         if lacking:
             return lacking[0], False
+        self.statuses[target] = terminal.status
         if terminal.code is Code.MODEL_NOT_FOUND and not terminal.status:
             return "the host is away", True  # what stands for it in place of a model means nothing to people
         return terminal.message, _may_pass(terminal)
@@ -270,6 +299,7 @@ class Operation:
             path=self._path,
             body=self._body,
             sink=hear,
+            spool=self._spool,
         )
 
     def _take(self, target: Target, events: Events) -> None:
@@ -279,6 +309,25 @@ class Operation:
 
 
 _line: Final = msgspec.json.Decoder(Line, strict=False).decode
+
+
+async def write_down(
+    store: Store, *, action: str, models: str, client: str, token: str, hosts: Sequence[str], outcome: str
+) -> None:
+    """Write an operation that has ended into the log and the audit table; that it can't be is logged."""
+    log("operation on models", action=action, model=models, client=client, hosts=hosts, outcome=outcome)
+    try:
+        await asyncio.to_thread(
+            store.write_audit,
+            client_id=client,
+            token_id=token,
+            action=action,
+            model=models,
+            hosts=hosts,
+            outcome=outcome,
+        )
+    except StoreError as error:
+        log.warn("operation not written down", reason=str(error))
 
 
 def _may_pass(failed: Failed) -> bool:

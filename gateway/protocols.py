@@ -44,6 +44,7 @@ from websockets.protocol import OPEN
 
 BATCH: Final = "weftline.batch"
 SLICE: Final = 4096
+BODY_SLICE: Final = 64 * 1024
 # A fragment this small, and not a message's last, is no way to send anything.
 TINY: Final = 16
 SEND_BUFFER_BYTES: Final = 64 * 1024
@@ -472,8 +473,11 @@ class DefendedHttpProtocol(HttpToolsProtocol):
             self._await_request()
         if not self._in_request:
             data = _without_h2c(data)
-        for start in range(0, len(data), SLICE):
-            piece = data[start : start + SLICE]
+        start = 0
+        while start < len(data):
+            # Of a body in slices of 4 KiB uvicorn would copy what it has of it each time.
+            piece = data[start : start + (BODY_SLICE if self._in_request and not self._in_head else SLICE)]
+            start += len(piece)
             if self._in_head:
                 self._head_bytes += len(piece)
             super().data_received(piece)

@@ -18,7 +18,9 @@ Rules
 - A stream that was resumed starts again at event 0, so that it has all it needs to continue; what its client has
   already (below `wanted`) is for its sink to drop. If the worker has forgotten the beginning, it starts where the
   worker can, and if that is beyond `wanted`, it ends in RESUME_GAP. As long as it has not all that its client has, it
-  can't run again: another text would not go on from the client's.
+  can't run again: another text would not go on from the client's. Is its worker lost before that, it waits for what the
+  former gateway hands over, whose line may be slow.
+- A body in parts stays here, with whoever submitted the stream (`Wanted`); it is not kept for a continuation.
 - Where REPLAYS_FRUITLESS_MAX replays brought nothing, the host counts as lost, whatever the broker thinks of it.
 
 A stream is pure: it is told messages and the time, and answers with `Output`s, which the shell carries out in order.
@@ -53,6 +55,7 @@ from common.protocol import (
     Replay,
     Started,
     Submit,
+    Want,
     ordinal_of,
 )
 
@@ -60,6 +63,8 @@ REPLAY_PATIENCE_S: Final = 1.0
 """A replay that brought nothing for so long is asked for again."""
 REPLAYS_FRUITLESS_MAX: Final = 30
 """After so many in a row nobody has the events, or nobody gets them through."""
+HAND_OVER_PATIENCE: Final = 15
+"""After so many a resumed stream whose worker is lost no longer expects its events from the gateway that had it."""
 HISTORY_BYTES_MAX: Final = 4 * 2**20
 """Events kept of a stream so that it can be continued; a longer one ends with its host."""
 HISTORIES_BYTES_MAX: Final = 512 * 2**20
@@ -87,6 +92,15 @@ class Waits:
 
     position: int
     eta_ms: int | None
+
+
+@dataclass(slots=True)
+class Wanted:
+    """The worker asks for `size` bytes of the body from `offset` on: send them as a `part` of this attempt."""
+
+    attempt: int
+    offset: int
+    size: int
 
 
 @dataclass(slots=True)
@@ -131,7 +145,7 @@ class Histories:
         self.bytes_left = bytes_max
 
 
-Output = ToBroker | Waits | Begins | Events | Over | Moved
+Output = ToBroker | Waits | Wanted | Begins | Events | Over | Moved
 
 _AT_ONCE: Final = frozenset({Code.CANCELLED, Code.DEADLINE_EXCEEDED})
 _NOWHERE: Final = frozenset({Code.WORKER_LOST, Code.NO_WORKERS, Code.MODEL_NOT_FOUND})
@@ -141,7 +155,8 @@ _NOWHERE: Final = frozenset({Code.WORKER_LOST, Code.NO_WORKERS, Code.MODEL_NOT_F
 class Stream:
     """One request. `now` is monotonic; `*_at` attributes are when things were first seen.
 
-    `body` may be empty for a stream that was resumed: it comes with the replay. `events` are those that a waiting
+    `body` may be empty for a stream that was resumed: it comes with the replay; or for one whose body stays with its
+    submitter, to be fetched in parts (`submit.parted_bytes`). `events` are those that a waiting
     continuation has already (`submit.next_seq` of them). One that goes on elsewhere is told to `forget_history`.
     """
 
@@ -253,6 +268,9 @@ class Stream:
             case Lost():
                 if message.attempt == self.attempt:
                     self.phase, self._lost = Phase.WAITING, True
+            case Want():
+                if message.attempt == self.attempt and not self._lost and message.offset < self.submit.parted_bytes:
+                    return [Wanted(message.attempt, message.offset, message.size)]
             case Gap():
                 if message.attempt == self.attempt:
                     self._top = max(self._top, message.top)
@@ -449,6 +467,9 @@ class Stream:
         if last is not None:
             end = End(rid=failed.rid, attempt=failed.attempt, seq=self.next_seq, stats=last.stats())
             return self._finish(Over(end, b""))
+        if self._expects_hand_over(failed):
+            self._terminal, self._top = self._terminal or over, max(self._top, self.wanted)
+            return self._ask_replay(now)
         if not (isinstance(failed, Failed) and failed.resubmit and self._can_run_again()):
             cause = self._cause
             nowhere = isinstance(failed, Failed) and failed.code in _NOWHERE
@@ -462,18 +483,30 @@ class Stream:
         self.continued += self.next_seq > 0
         return self.submission(now)
 
+    def _expects_hand_over(self, terminal: End | Failed) -> bool:
+        """Whether what its client has, and the lost worker had, may still come from the gateway where it was before."""
+        return (
+            isinstance(terminal, Failed)
+            and terminal.code is Code.WORKER_LOST
+            and terminal.resubmit
+            and self.submit.attachment > 0
+            and self.next_seq < self.wanted
+            and self._replays_fruitless < HAND_OVER_PATIENCE
+        )
+
     def _last_line(self) -> LastLine | None:
         """The line that says that the answer is complete, if it has come."""
         last = last_line(self._newest)
         return last if last is not None and last.done else None
 
     def _can_run_again(self) -> bool:
-        if not self.body or self.next_seq < self.wanted:
+        if not (self.body or self.submit.parted_bytes) or self.next_seq < self.wanted:
             return False
         if self.next_seq == 0:
             return True
         return (
-            self._history is not None
+            bool(self.body)
+            and self._history is not None
             and self.continued < ATTEMPTS_MAX - 1
             and len(self.body) + self._history_bytes <= BODY_BYTES_MAX
             and not objection(self.submit.path, self.body)

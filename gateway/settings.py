@@ -1,11 +1,14 @@
 """Settings of the gateway."""
 
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import msgspec
 
 from common.config import Amount, Bytes, PositiveSeconds, Seconds, Settings, host_port, tcp_addresses
+from common.errors import UsageError
 
 
 class GatewaySettings(Settings, frozen=True):
@@ -25,10 +28,24 @@ class GatewaySettings(Settings, frozen=True):
     """Whether HTTP requests from this very machine need no key. Those of WebSockets always do."""
     pull_copies: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     """On how many hosts a model is pulled that names none; 0: on all."""
+    auto_pull: tuple[str, ...] = ()
+    """Patterns of models that are pulled when somebody asks for one that no host has (gateway/autopull.py)."""
+    auto_pull_s: PositiveSeconds = 600.0
+    """How long an HTTP request waits for such a pull; then it is answered 503, and the pull goes on for a while."""
+    num_ctx: tuple[str, ...] = ()
+    """PATTERN=N, the first that matches a model: its requests by Ollama's API get this num_ctx, whatever they say."""
     origins: tuple[str, ...] = ("*",)
     """Web pages that may connect, as scheme://host[:port]; "*" is any. Others get 403 and no CORS headers."""
     frame_bytes_max: Bytes = 16 * 2**20
     """A client's message; a larger one ends in TOO_LARGE, one a quarter larger in close code 1009."""
+    body_bytes_max: Bytes = 256 * 2**20
+    """The body of an HTTP request for inference."""
+    blob_bytes_max: Bytes = 256 * 2**30
+    """A file that is sent for a model that is to be created."""
+    spool_bytes_max: Bytes = 512 * 2**30
+    """All such bodies that are too large for a message together; they are kept in files. Beyond it: QUEUE_FULL."""
+    spool_dir: Path | None = None
+    """The folder of these files, which have no names; None: `data_dir`."""
     messages_per_s: Annotated[float, msgspec.Meta(ge=0.001, le=1e6)] = 50.0
     messages_burst: Amount = 200
     """Messages of one connection; more are answered RATE_LIMITED, and a flood of those closes it with 1008."""
@@ -57,6 +74,19 @@ class GatewaySettings(Settings, frozen=True):
     def __post_init__(self) -> None:
         host_port(self.listen, "--listen")
         tcp_addresses(self.broker, "--broker")
+        for rule in self.num_ctx:
+            if not re.fullmatch(r".+=[1-9]\d{0,8}", rule, re.ASCII):
+                raise UsageError(
+                    f"num_ctx of [gateway] must have entries PATTERN=N, like llama3.2:*=8192, not {rule!r}"
+                )
+
+    def num_ctx_of(self, model: str) -> int | None:
+        """The num_ctx that a model, by its full name, is always loaded with; None if that is left to clients."""
+        for rule in self.num_ctx:
+            pattern, _, number = rule.rpartition("=")
+            if fnmatchcase(model, pattern):
+                return int(number)
+        return None
 
     @property
     def brokers(self) -> list[str]:

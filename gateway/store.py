@@ -46,6 +46,10 @@ ALIASES_MAX = 1_000
 MODEL_CHARS_MAX = 512
 OUTCOME_CHARS_MAX = 2_000
 
+WEIGHT_MIN: Final = 0.001
+WEIGHT_MAX: Final = 1_000
+RUNNING_MAX: Final = 1_000_000
+
 TOKENS_MAX: Final = 100
 """Live tokens of one client."""
 PATTERNS_MAX: Final = 100
@@ -90,6 +94,10 @@ class RevokedError(StoreError):
 
 class TokenLimitError(StoreError):
     """The client has `TOKENS_MAX` live tokens."""
+
+
+class LimitError(UsageError):
+    """A client can't have such a weight or limit."""
 
 
 class UnknownTokenError(StoreError):
@@ -138,13 +146,19 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One identity. Times are UTC; `change` is the number of its latest change. Without a key it has tokens only."""
+    """One identity. Times are UTC; `change` is the number of its latest change. Without a key it has tokens only.
+
+    `weight` is its share of the fleet among those who wait, `running_max` how many of its requests run at once, 0 for
+    any number.
+    """
 
     id: str
     key: PublicKey | None
     created_at: datetime
     revoked_at: datetime | None
     change: int
+    weight: float = 1.0
+    running_max: int = 0
 
     @property
     def revoked(self) -> bool:
@@ -236,6 +250,8 @@ _CLIENTS = sa.Table(
     sa.Column("created_at", _Utc, nullable=False),
     sa.Column("revoked_at", _Utc),
     sa.Column("change", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("weight", sa.Float, nullable=False, server_default="1"),
+    sa.Column("running_max", sa.Integer, nullable=False, server_default="0"),
 )
 _TOKENS = sa.Table(
     "tokens",
@@ -369,7 +385,28 @@ class Store:
                 connection.execute(sa.update(table).where(*where).values(new))
             row = connection.execute(sa.select(_CLIENTS).where(_CLIENTS.c.id == client_id)).one_or_none()
         if row is None:
-            raise UnknownClientError(f"there is no client {client_id!r}; `weftline keys list` names them all.")
+            raise _unknown(client_id)
+        return _client(row)
+
+    def limit(self, client_id: str, *, weight: float | None = None, running_max: int | None = None) -> Client:
+        """Set a client's share of the fleet, or how many of its requests run at once (0: any number); None: as it was.
+
+        Raises:
+            LimitError: one of them is out of bounds.
+            UnknownClientError: there is none of that name.
+            StoreError: the database failed.
+        """
+        if weight is not None and not WEIGHT_MIN <= weight <= WEIGHT_MAX:
+            raise LimitError(f"a client's weight is a number from {WEIGHT_MIN:g} to {WEIGHT_MAX:g}.")
+        if running_max is not None and not 0 <= running_max <= RUNNING_MAX:
+            raise LimitError(f"a client may run 1 to {RUNNING_MAX} requests at once, or any number: 0.")
+        new = {"weight": weight, "running_max": running_max}
+        with self._change() as (connection, change):
+            values = {name: value for name, value in new.items() if value is not None} | {"change": change}
+            update = sa.update(_CLIENTS).where(_CLIENTS.c.id == client_id).values(values).returning(_CLIENTS)
+            row = connection.execute(update).one_or_none()
+        if row is None:
+            raise _unknown(client_id)
         return _client(row)
 
     def add_token(
@@ -696,9 +733,13 @@ def _advice(error: Exception) -> str:
     return ""
 
 
+def _unknown(client_id: str) -> UnknownClientError:
+    return UnknownClientError(f"there is no client {client_id[:64]!r}; `weftline keys list` names them all.")
+
+
 def _client(row: sa.Row[Any]) -> Client:
     key = None if row.fingerprint is None else PublicKey(row.algorithm, row.public_key, row.fingerprint)
-    return Client(row.id, key, row.created_at, row.revoked_at, row.change)
+    return Client(row.id, key, row.created_at, row.revoked_at, row.change, row.weight, row.running_max)
 
 
 def _token(row: sa.Row[Any]) -> Token:

@@ -7,17 +7,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
+from msgspec.structs import replace
+
 from common import protocol
 from common.errors import Code, FabricError, ProtocolError
 from common.logs import Log
-from common.protocol import BODY_BYTES_MAX, Beat, Bye, Chunk, Error, Message, Probe, Query, Snapshot, Submit
+from common.protocol import BODY_BYTES_MAX, Beat, Bye, Chunk, Error, Message, Part, Probe, Query, Snapshot, Submit
 from common.transport import Sent, Socket
+from gateway.hints import EVERYBODYS, NO_HINTS, Hints, Share
 from gateway.link import Attachment, Link, Sink
-from gateway.session import Stream
+from gateway.session import Output, Stream, Wanted
+from gateway.spool import Spool
 
 log = Log("gateway")
 
 QUERIES_MAX: Final = 64
+WANTED_MAX: Final = 4096
+"""Parts of bodies that wait to be read; one more is asked for again."""
 HELLO_INTERVAL_S: Final = 0.05
 PORTION_INTERVAL_S: Final = 0.005
 DIAL_AGAIN_S: Final = 10.0
@@ -42,6 +48,8 @@ class Upstream:
         self._dialled_at = [now] * len(brokers)
         self._queries: dict[int, asyncio.Future[Snapshot]] = {}
         self._query_id = 0
+        self._wanted: dict[tuple[bytes, int], tuple[Wanted, Spool]] = {}
+        self._wanting = asyncio.Event()
         self.changed = asyncio.Event()
         self._sockets: list[Socket] = []
         try:
@@ -81,8 +89,13 @@ class Upstream:
         resume: bool = False,
         migrate: bool = True,
         light: bool = False,
+        spool: Spool | None = None,
+        hints: Hints = NO_HINTS,
+        share: Share = EVERYBODYS,
     ) -> Stream:
         """Send a job; everything about it comes to `sink`, and the last is `Over`.
+
+        Of one with a `spool` that is the body; whoever submits it keeps it until then.
 
         Raises:
             FabricError: TOO_LARGE, MODEL_NOT_FOUND for a name no model can have, or NO_WORKERS when no broker answers.
@@ -105,10 +118,26 @@ class Upstream:
             grace_ms=self._resume_ms if resume else 0,
             migrate=migrate and self._migrate,
             light=light,
+            weight=share.weight,
+            running_max=share.running_max,
+            prompt_bytes=hints.prompt_bytes,
+            output_max=hints.output_max,
+            variant=hints.variant,
+            prefix=hints.prefix,
         )
-        return self._start(message, body, sink)
+        return self._start(message, body, sink, spool)
 
-    def operate(self, *, client: str, model: str, method: str, path: str, body: bytes, sink: Sink) -> Stream:
+    def operate(
+        self,
+        *,
+        client: str,
+        model: str,
+        method: str,
+        path: str,
+        body: bytes,
+        sink: Sink,
+        spool: Spool | None = None,
+    ) -> Stream:
         """Have an operation done on the models of one engine; `model` is its `engine_name`.
 
         Raises:
@@ -117,12 +146,39 @@ class Upstream:
         self._check_connected()
         rid = secrets.token_bytes(16)
         message = Submit(rid=rid, client=client, ref=rid.hex(), model=model, method=method, path=path, migrate=False)
-        return self._start(message, body, sink)
+        return self._start(message, body, sink, spool)
 
-    def _start(self, message: Submit, body: bytes, sink: Sink) -> Stream:
+    def _start(self, message: Submit, body: bytes, sink: Sink, spool: Spool | None) -> Stream:
+        if spool is not None:
+            message = replace(message, parted_bytes=spool.size)
+            sink = partial(self._hear_parted, message.rid, spool, sink)
         stream = self._link.submit(message, body, sink, self._loop.time())
         self._flush()
         return stream
+
+    def _hear_parted(self, rid: bytes, spool: Spool, sink: Sink, output: Output) -> None:
+        """The sink of a stream whose body is here."""
+        if not isinstance(output, Wanted):
+            sink(output)
+        elif len(self._wanted) < WANTED_MAX:
+            self._wanted[rid, output.offset] = output, spool
+            self._wanting.set()
+
+    async def supply(self) -> None:
+        """Send workers the parts of bodies that they want, until cancelled; one after the other bounds what is held."""
+        while True:
+            await self._wanting.wait()
+            self._wanting.clear()
+            while self._wanted:
+                rid, offset = next(iter(self._wanted))
+                wanted, spool = self._wanted.pop((rid, offset))
+                try:
+                    data = await spool.read(offset, wanted.size)
+                except OSError as error:
+                    log.warn("a request that was kept cannot be read", reason=error.strerror)
+                    continue
+                if data:  # else it is over meanwhile
+                    self._send(self._link.broker, Part(rid=rid, attempt=wanted.attempt, offset=offset), data)
 
     def attach(
         self,
@@ -266,7 +322,8 @@ class Upstream:
             self._sockets[broker].offer(protocol.encode(message))  # one that is not there now needs none later
             return
         # A message the socket refuses is lost with the line: streams are submitted again when a broker answers. What is
-        # handed over the worker has too.
-        sent = self._sockets[broker].send(protocol.encode(message, payload), droppable=type(message) is Chunk)
+        # handed over the worker has too, and a part of a body it asks for again.
+        droppable = type(message) is Chunk or type(message) is Part
+        sent = self._sockets[broker].send(protocol.encode(message, payload), droppable=droppable)
         if sent is Sent.GONE and broker == self._link.broker:
             self._link.lost()

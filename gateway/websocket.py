@@ -35,6 +35,8 @@ from common.logs import Log
 from common.protocol import End, Failed, Submit, full_name, short_name
 from gateway import messages
 from gateway.auth import Authenticator
+from gateway.autopull import AutoPull, Line, Waiter
+from gateway.hints import EVERYBODYS, Share, hints_of
 from gateway.messages import NOTHING, BadMessage, Codec
 from gateway.metrics import Metrics
 from gateway.protocols import BATCH
@@ -62,8 +64,15 @@ class Services:
     upstream: Upstream
     authenticator: Authenticator
     metrics: Metrics
+    pulls: AutoPull
     aliases: dict[str, str] = field(default_factory=dict)
     """Names that stand for models, and these; full names. It changes while the gateway runs."""
+    shares: dict[str, Share] = field(default_factory=dict)
+    """What the registered clients may have. It changes while the gateway runs."""
+
+    def share(self, client: str) -> Share:
+        """What a client is entitled to, now."""
+        return self.shares.get(client, EVERYBODYS)
 
     def models(self) -> tuple[str, ...]:
         """What can be asked, as clients know it: models, and the names that stand for some."""
@@ -239,6 +248,9 @@ class Connection:
         streams = list(self._streams.values())
         self._streams.clear()  # first: what is being resumed sees that nobody waits for it any more
         for stream in streams:
+            if stream.waiter is not None:
+                stream.waiter.leave()
+                stream.waiter = None  # it holds the body, and the stream
             if stream.stream is not None:
                 leave(stream.stream)
 
@@ -319,21 +331,31 @@ class Connection:
         stream = ClientStream(self, job.id)
         try:
             model = self._services.model(job.model)
-            path, body = messages.ollama_call(job if model == full_name(job.model) else replace(job, model=model))
-            stream.bind(
-                self._services.upstream.submit(
-                    client=self._client,
-                    ref=job.id,
-                    model=model,
-                    path=path,
-                    body=body,
-                    sink=stream.hear,
-                    priority=job.priority,
-                    deadline_ms=job.deadline_ms,
-                    resume=self._resumes,
-                    migrate=job.migrate,
-                )
+            path, body = messages.ollama_call(self._as_asked(job, model))
+            submit = partial(
+                self._services.upstream.submit,
+                client=self._client,
+                ref=job.id,
+                model=model,
+                path=path,
+                body=body,
+                sink=stream.hear,
+                priority=job.priority,
+                resume=self._resumes,
+                migrate=job.migrate,
+                hints=hints_of(path, body),
+                share=self._services.share(self._client),
             )
+            if self._services.pulls.may(model):
+                stream.waiter = Waiter(
+                    self._services.pulls,
+                    token="",
+                    size=len(body),
+                    submit=lambda deadline_ms: stream.bind(submit(deadline_ms=deadline_ms)),
+                    sink=stream.hear,
+                    tell=stream.say_pulling,
+                )
+            stream.bind(submit(deadline_ms=job.deadline_ms))
         except BadMessage as error:
             self.say_error(Code.INVALID_MESSAGE, str(error), ref=job.id)
             return
@@ -344,6 +366,13 @@ class Connection:
         self._services.metrics.requests += 1
         if history.record is not None:
             history.record("submitted", rid=stream._submit.rid, ref=job.id)
+
+    def _as_asked(self, job: messages.Job, model: str) -> messages.Job:
+        """The request as it goes to an engine: for the model that is meant, loaded as it always is."""
+        if model != full_name(job.model):
+            job = replace(job, model=model)
+        num_ctx = self._services.settings.num_ctx_of(model)
+        return job if num_ctx is None else replace(job, options=job.options | {"num_ctx": num_ctx})
 
     def _resume(self, message: messages.Resume) -> None:
         if not self._resumes:
@@ -393,7 +422,9 @@ class Connection:
             self.say_error(Code.NOT_FOUND, "no such stream on this connection", ref=message.id)
         else:
             stream.stopped = True
-            if stream.stream is not None:
+            if stream.waiter is not None and stream.waiter.leave():
+                stream.waiter.end(FabricError(Code.CANCELLED, "stopped by the client"))
+            elif stream.stream is not None:
                 self._services.upstream.cancel(stream.stream, "stopped by the client")
 
     async def _receive(self) -> bytes | str:
@@ -484,7 +515,7 @@ class Connection:
 class ClientStream:
     """Translates one stream's lines, as Ollama writes them, into the client's messages."""
 
-    __slots__ = ("_complete", "_connection", "_tokens", "ref", "stopped", "stream", "wanted")
+    __slots__ = ("_complete", "_connection", "_tokens", "ref", "stopped", "stream", "waiter", "wanted")
 
     def __init__(self, connection: Connection, ref: str, *, wanted: int = 0) -> None:
         self._connection = connection
@@ -495,6 +526,8 @@ class ClientStream:
         """The client has the events below."""
         self.stream: Stream | None = None
         """None while it is being resumed."""
+        self.waiter: Waiter | None = None
+        """Until the first event, of a request for a model that may be pulled."""
         self.stopped = False
 
     def bind(self, stream: Stream) -> None:
@@ -521,14 +554,27 @@ class ClientStream:
             case Waits():
                 connection.say(messages.Queued, id=ref, position=output.position, eta_ms=output.eta_ms)
             case Begins():
+                self.waiter = None
                 if not self._embeds:
                     connection.say(messages.StreamStart, id=ref, model=short_name(self._submit.model))
             case Moved():
                 connection._streams.pop(ref, None)
                 connection.say_error(Code.CANCELLED, "this request goes on on another connection", ref=ref)
+            case Over() if self._awaits_pull(output.terminal):
+                pass  # its end, or another stream, comes when the model has been pulled
             case Over():
+                self.waiter = None
                 connection._streams.pop(ref, None)
                 self._on_over(output)
+
+    def _awaits_pull(self, terminal: End | Failed) -> bool:
+        if self.waiter is None or self.stream is None or self.stopped:
+            return False
+        return self.waiter.take(self.stream, terminal)
+
+    def say_pulling(self, line: Line) -> None:
+        """Say how far the pull of the model is."""
+        self._connection.say(messages.Pulling, id=self.ref, model=short_name(self._submit.model), **line)
 
     def _on_events(self, events: Events) -> None:
         connection = self._connection

@@ -29,6 +29,7 @@ from workers.session import (
     Close,
     Drained,
     Effect,
+    Give,
     Joined,
     Lease,
     Limits,
@@ -157,6 +158,7 @@ class _Agent:
             self._session.drain()
         self._tasks: dict[Lease, asyncio.Task[None]] = {}
         self._answers: dict[Lease, _Answer] = {}
+        self._bodies: dict[Lease, _Body] = {}
         self._left_over = asyncio.Event()
         self._rescheduled = asyncio.Event()
         self.superseded = asyncio.Event()
@@ -248,12 +250,17 @@ class _Agent:
     def _carry_out(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Post(lease, body, prior):
+                case Post(lease, body, prior, parted_bytes):
                     log.debug("lease started", rid=lease.rid, attempt=lease.attempt, model=lease.model, path=lease.path)
+                    if parted_bytes:
+                        self._bodies[lease] = _Body(self, lease, parted_bytes)
                     task = self._group.create_task(self._carry(lease, body, prior))
                     self._tasks[lease] = task
                     task.add_done_callback(partial(self._carried, lease))
                     self._rescheduled.set()
+                case Give(lease, part):
+                    if lease in self._bodies:  # else its task is ending
+                        self._bodies[lease].give(part)
                 case Close(lease):
                     if lease in self._tasks:
                         self._tasks[lease].cancel()
@@ -281,6 +288,7 @@ class _Agent:
 
     def _carried(self, lease: Lease, _task: asyncio.Task[None]) -> None:
         del self._tasks[lease]
+        self._bodies.pop(lease, None)
         log.debug("lease ended", rid=lease.rid, attempt=lease.attempt, state=lease.state.name, events=lease.top)
 
     def _keep_in_mind(self, drained: bool) -> None:
@@ -302,7 +310,7 @@ class _Agent:
             if prior:
                 await self._continue(lease, body, prior, answer)
             else:
-                await backend.http.request(lease.method, lease.path, body, answer)
+                await backend.http.request(lease.method, lease.path, self._bodies.get(lease, body), answer)
             if answer.ok:
                 if lease.digest == protocol.OPERATION:
                     await backend.poll()  # first: who hears that it has ended may ask for the model at once
@@ -352,6 +360,11 @@ class _Agent:
         if rest:
             self._on_body(lease, rest)
 
+    def part_taken(self, lease: Lease) -> None:
+        """The engine has taken a part of a lease's body."""
+        self._session.taken(lease, self._now())
+        self._pump()
+
     def _on_head(self, lease: Lease, status: int, content_type: str) -> None:
         self._session.head(lease, status, content_type, self._now())
 
@@ -370,6 +383,25 @@ class _Agent:
             history.record("chunk", rid=lease.rid, attempt=lease.attempt, seq=top, hashes=hashes)
         self._pump()
         return go_on
+
+
+class _Body:
+    """A body that comes in parts, on its way from the session to the engine; the session bounds what is here."""
+
+    def __init__(self, agent: _Agent, lease: Lease, size: int) -> None:
+        self.size = size
+        self._agent = agent
+        self._lease = lease
+        self._parts: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def give(self, part: bytes) -> None:
+        self._parts.put_nowait(part)
+
+    async def next(self) -> bytes:
+        return await self._parts.get()
+
+    def taken(self) -> None:
+        self._agent.part_taken(self._lease)
 
 
 class _Answer:

@@ -37,6 +37,19 @@ class Sink(Protocol):
     def body(self, data: bytes) -> None: ...
 
 
+class Parts(Protocol):
+    """A request's body that comes bit by bit, `size` bytes in all."""
+
+    @property
+    def size(self) -> int: ...
+
+    async def next(self) -> bytes:
+        """The next part; it has a byte at least."""
+
+    def taken(self) -> None:
+        """The engine has taken the last one."""
+
+
 class Connection(asyncio.Protocol):
     """A connection to an engine; httptools calls `on_*`."""
 
@@ -54,11 +67,15 @@ class Connection(asyncio.Protocol):
         self._head_complete = False
         self._head_told = False
         self._complete = False
+        self._bodiless = False
+        self._writable = asyncio.Event()
+        self._writable.set()
         self.answered = False
         """Whether the request under way has brought anything."""
 
-    async def exchange(self, request: bytes, sink: Sink) -> None:
-        """Send a request; ends when its answer is complete. Cancelling it closes the connection.
+    async def exchange(self, request: bytes, sink: Sink, parts: Parts | None = None, *, bodiless: bool = False) -> None:
+        """Send a request, and its body if that comes in `parts`; ends when its answer is complete. `bodiless`: the
+        answer is a head only (RFC 9110 §9.3.2). Cancelling it closes the connection.
 
         Raises:
             BrokenError: the answer broke off, or is not HTTP.
@@ -67,10 +84,14 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._sink, self._content_type, self._head_bytes = sink, "", 0
         self._framed = self._head_complete = self._head_told = self._complete = self.answered = False
+        self._bodiless = bodiless
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
-            await self._done
+            if parts is None:
+                await self._done
+            else:
+                await self._post(parts, self._done)
         except BaseException:
             self.close()
             raise
@@ -78,6 +99,29 @@ class Connection(asyncio.Protocol):
             self._done = self._sink = None
         if self.reusable:
             self.resume()  # the last piece may have paused it
+
+    async def _post(self, parts: Parts, done: asyncio.Future[None]) -> None:
+        """Send the body; an answer that is complete before has ended it."""
+        posting = asyncio.create_task(self._write(parts))
+        try:
+            await asyncio.wait((posting, done), return_when=asyncio.FIRST_COMPLETED)
+            if posting.done():
+                posting.result()  # what failed in it is a bug of ours
+            else:
+                self.reusable = False  # the engine may still wait for the rest
+            await done
+        finally:
+            posting.cancel()
+            await asyncio.gather(posting, return_exceptions=True)
+
+    async def _write(self, parts: Parts) -> None:
+        left = parts.size
+        while left:
+            part = await parts.next()
+            left -= len(part)
+            self._transport.write(part)
+            await self._writable.wait()
+            parts.taken()
 
     def pause(self) -> None:
         """Read nothing until `resume`."""
@@ -95,6 +139,12 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.reusable = False
@@ -154,6 +204,8 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         # A 1xx announces the answer and is none (RFC 9110 §15.2).
         self._head_complete = self._parser.get_status_code() >= 200
+        if self._bodiless and self._head_complete:
+            self._complete, self.reusable = True, False  # the parser does not know, and waits for a body
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
@@ -182,8 +234,10 @@ class HttpClient:
         while self._idle:
             self._idle.pop().close()
 
-    async def request(self, method: str, path: str, body: bytes, sink: Sink) -> None:
+    async def request(self, method: str, path: str, body: bytes | Parts, sink: Sink) -> None:
         """Post a body of JSON and hand the answer to `sink`, until it is complete.
+
+        One that comes in parts goes over a connection of its own: it could not be sent again.
 
         Raises:
             RequestError: method or path cannot stand in a request line.
@@ -194,12 +248,18 @@ class HttpClient:
             raise RequestError(f"not the path of a request: {path[:100]!r}")
         if not method.isascii() or not method.isalpha():
             raise RequestError(f"not a method: {method[:100]!r}")
+        length = len(body) if isinstance(body, bytes) else body.size
         head = (
             f"{method} {self._prefix}{path} HTTP/1.1\r\nhost: {self._authority}\r\ncontent-type: application/json\r\n"
-            f"accept-encoding: identity\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        request = head.encode() + body
-        connection = await self._kept(request, sink) or await self._fresh(request, sink)
+            f"accept-encoding: identity\r\ncontent-length: {length}\r\n\r\n"
+        ).encode()
+        if not isinstance(body, bytes):
+            connection = await self._fresh(head, sink, body)
+        elif method == "HEAD":
+            connection = await self._fresh(head, sink, bodiless=True)
+        else:
+            request = head + body
+            connection = await self._kept(request, sink) or await self._fresh(request, sink)
         if connection.reusable and len(self._idle) < IDLE_MAX:
             self._idle.append(connection)
         else:
@@ -219,7 +279,9 @@ class HttpClient:
                     return connection
         return None
 
-    async def _fresh(self, request: bytes, sink: Sink) -> Connection:
+    async def _fresh(
+        self, request: bytes, sink: Sink, parts: Parts | None = None, *, bodiless: bool = False
+    ) -> Connection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
@@ -229,7 +291,7 @@ class HttpClient:
         except OSError as error:
             raise BrokenError(str(error)) from None
         try:
-            await connection.exchange(request, sink)
+            await connection.exchange(request, sink, parts, bodiless=bodiless)
         except BaseException:
             connection.close()
             raise

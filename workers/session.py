@@ -16,7 +16,10 @@ Rules
    sent, oldest first. If what was not sent reaches the bound by itself, the engine is not read until it has left.
    An unfinished line counts beside them, up to EVENT_BYTES_MAX. A `replay` of what went is answered `forgotten`.
 7. One broker is served at a time (common/standby.py). To another one the worker registers anew, with all it holds.
-8. A worker that drains takes nothing new, lets finish what runs, and leaves when its buffers have been released.
+8. A large body comes in parts: the worker wants up to PARTS_MAX of them at once, asks again for what does not come
+   within PART_PATIENCE_S, and gives the lease up when it has asked WANTS_MAX times for one. A part counts among those
+   until the engine has taken it, so that a lease holds no more of its body than so many, whatever its size.
+9. A worker that drains takes nothing new, lets finish what runs, and leaves when its buffers have been released.
 
 Theory of operation
 `handle` takes a message, `feed` and its kin what an engine does, `tick` the time; each returns the effects the shell
@@ -58,6 +61,8 @@ from common.protocol import (
     HEARTBEAT_INTERVAL_S,
     HEARTBEATS_MISSED_MAX,
     OPERATION,
+    PART_BYTES_MAX,
+    PARTS_MAX,
     Chunk,
     Claim,
     End,
@@ -68,6 +73,7 @@ from common.protocol import (
     Refused,
     Started,
     Stats,
+    Want,
     encode,
 )
 from common.standby import Brokers
@@ -86,6 +92,10 @@ FRAMES_PER_PUMP_MAX: Final = 64
 """After a long silence of the broker there may be much to send: heartbeats and other leases must get their turn."""
 NOTES_MAX: Final = 1000
 """Answers that wait for the socket. Beyond it they are dropped and the worker registers anew, which says it all."""
+PART_PATIENCE_S: Final = 1.0
+"""A part of a body that did not come for so long is asked for again …"""
+WANTS_MAX: Final = 30
+"""… so many times in all; while there is no broker nothing is asked."""
 ERROR_TEXT_MAX: Final = 2000
 ASKED_WRONGLY: Final = ('option "', "invalid format:")
 """How the 500 begins with which Ollama answers a request that no engine could serve (handleScheduleError, FromMap)."""
@@ -119,11 +129,52 @@ class _Replay:
     started: bool
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A part that is to come. `at` is when it was asked for, None if it is to be; `times` how often it was."""
+
+    size: int
+    at: float | None = None
+    times: int = 0
+
+
+@dataclass(slots=True)
+class _Upload:
+    """A body of `size` bytes that comes in parts, on its way to the engine.
+
+    Those below `frontier` were asked for: they are `asked`, or `came` and wait for one before them, or are given to the
+    engine in order. Of these it has not taken `given` parts; the next begins at `next`.
+    """
+
+    size: int
+    next: int = 0
+    frontier: int = 0
+    given: int = 0
+    asked: dict[int, _Asked] = field(default_factory=dict)
+    came: dict[int, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def due(self) -> bool:
+        """Whether something is to be asked for."""
+        return any(asked.at is None for asked in self.asked.values())
+
+    @property
+    def deadline(self) -> float:
+        """When something is to be asked for again."""
+        return min((a.at + PART_PATIENCE_S for a in self.asked.values() if a.at is not None), default=float("inf"))
+
+    @property
+    def under_way(self) -> int:
+        """Parts that are to come, and those that the engine has not taken."""
+        return len(self.asked) + len(self.came) + self.given
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """One attempt of one request. `events[i]` has seq `base + i`; `sent` is the next seq that was never sent.
 
     `body` is kept for a request that can be resumed: the gateway that it is resumed through needs it to continue it.
+    `upload` is the body if it comes in parts, as long as the engine works for it.
     """
 
     rid: bytes
@@ -140,6 +191,7 @@ class Lease:
     base: int
     sent: int
     heard_at: float
+    upload: _Upload | None = None
     state: LeaseState = LeaseState.POSTED
     story: list[tuple[float, LeaseState]] = field(default_factory=list)
     by_lines: bool = False
@@ -176,6 +228,7 @@ class Lease:
             or self.replay is not None
             or (self.started is not None and not self.started_sent)
             or self.state is LeaseState.ENDED
+            or (self.upload is not None and self.upload.due)
         )
 
 
@@ -184,11 +237,23 @@ class Lease:
 
 @dataclass(slots=True, frozen=True)
 class Post:
-    """Post the body to the lease's engine and feed back what comes; with `prior` events, continue them."""
+    """Post the body to the lease's engine and feed back what comes; with `prior` events, continue them.
+
+    With `parted_bytes` the body is not here, but so long: it follows in `Give`s.
+    """
 
     lease: Lease
     body: bytes
     prior: tuple[bytes, ...] = ()
+    parted_bytes: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Give:
+    """Post the next part of the lease's body, and say when the engine has `taken` it."""
+
+    lease: Lease
+    part: bytes
 
 
 @dataclass(slots=True, frozen=True)
@@ -244,7 +309,7 @@ class Report:
     facts: dict[str, object]
 
 
-Effect = Post | Close | Resume | Joined | Served | Probe | Drained | Superseded | Report
+Effect = Post | Give | Close | Resume | Joined | Served | Probe | Drained | Superseded | Report
 Offer = Callable[[bytes], bool]
 
 
@@ -258,6 +323,7 @@ class Limits:
     worker_bytes_max: int = 256 * 2**20
     orphan_s: float = 60.0
     keep_s: float = 90.0
+    part_bytes: int = PART_BYTES_MAX
 
 
 class Session:
@@ -321,6 +387,8 @@ class Session:
                     self._drop(lease, now)
             case protocol.Replay():
                 self._replay(message, now)
+            case protocol.Part():
+                self._part(message, payload)
             case protocol.Registered():
                 self.registration, self._asked_at = message.registration, None
                 self._effects.append(Joined(message.registration))
@@ -415,6 +483,7 @@ class Session:
             base=0,
             sent=message.start,
             heard_at=now,
+            upload=_Upload(message.parted_bytes) if message.parted_bytes else None,
             events=prior,
             size_bytes=LEASE_OVERHEAD_BYTES + len(kept) + sum(map(len, prior)) + EVENT_OVERHEAD_BYTES * len(prior),
             story=[(now, LeaseState.POSTED)],
@@ -422,7 +491,9 @@ class Session:
         self._leases[lease.rid] = lease
         self._busy[lease.engine, lease.digest] += 1
         self._bytes += lease.size_bytes
-        self._effects.append(Post(lease, body, tuple(prior)))
+        self._effects.append(Post(lease, body, tuple(prior), message.parted_bytes))
+        if lease.upload is not None:
+            self._want(lease, lease.upload)
 
     def _objection(self, message: protocol.Assign, held: Lease | None, now: float) -> str:
         """Why an assign can't be carried out, or nothing."""
@@ -461,6 +532,48 @@ class Session:
         if lease.keep_until:
             self._keep(lease, now)
         self._queue(lease)
+
+    def _part(self, message: protocol.Part, payload: bytes) -> None:
+        """A part of a body came: give the engine what is next."""
+        lease = self._leases.get(message.rid)
+        upload = lease.upload if lease is not None and lease.attempt == message.attempt else None
+        asked = upload.asked.get(message.offset) if upload is not None else None
+        if lease is None or upload is None or asked is None or asked.size != len(payload):
+            return  # it came twice, too late, or is not what was asked for
+        del upload.asked[message.offset]
+        upload.came[message.offset] = payload
+        while (part := upload.came.pop(upload.next, None)) is not None:
+            upload.next += len(part)
+            upload.given += 1
+            self._effects.append(Give(lease, part))
+
+    def taken(self, lease: Lease, now: float) -> None:
+        """The engine has taken a part of the lease's body: it may want another."""
+        if lease.upload is not None:
+            lease.heard_at = now
+            lease.upload.given -= 1
+            self._want(lease, lease.upload)
+
+    def _want(self, lease: Lease, upload: _Upload) -> None:
+        """Ask for as many parts as may be on their way."""
+        while upload.frontier < upload.size and upload.under_way < PARTS_MAX:
+            size = min(self.limits.part_bytes, upload.size - upload.frontier)
+            upload.asked[upload.frontier] = _Asked(size)
+            upload.frontier += size
+            self._queue(lease)
+
+    def _ask_again(self, lease: Lease, upload: _Upload, now: float) -> None:
+        """For the parts that did not come; or give the lease up."""
+        for offset, asked in upload.asked.items():
+            if asked.at is None or now < asked.at + PART_PATIENCE_S:
+                continue
+            if asked.times >= WANTS_MAX:
+                text = f"the request's bytes from {offset} on were asked for {WANTS_MAX} times and did not come"
+                self._fail(lease, Code.WORKER_LOST, text, now, retryable=True)
+                self._effects.append(Close(lease))
+                return
+            asked.at = None
+            self._queue(lease)
 
     def _keep(self, lease: Lease, now: float) -> None:
         """From now on for `keep_s`; the one that is kept longest stands last."""
@@ -634,6 +747,7 @@ class Session:
             if not self._busy[slot]:
                 del self._busy[slot]
             lease.paused = False
+            lease.upload = None
             self._paused.pop(lease.rid, None)
         lease.state = state
         lease.story.append((now, state))
@@ -795,9 +909,19 @@ class Session:
             lease.sent += count
             lease.unsent_bytes -= len(payload) + EVENT_OVERHEAD_BYTES * count
             return True
+        if lease.upload is not None:
+            return self._send_wants(lease, lease.upload, offer, now)
         if not self._send_terminal(lease, offer):
             return False
         self._move(lease, LeaseState.DELIVERED, now)
+        return True
+
+    def _send_wants(self, lease: Lease, upload: _Upload, offer: Offer, now: float) -> bool:
+        for offset, asked in upload.asked.items():
+            if asked.at is None:
+                if not offer(encode(Want(rid=lease.rid, attempt=lease.attempt, offset=offset, size=asked.size))):
+                    return False
+                asked.at, asked.times = now, asked.times + 1
         return True
 
     def _send_replay(self, lease: Lease, replay: _Replay, offer: Offer) -> bool:
@@ -861,6 +985,7 @@ class Session:
         elif self._leases:
             deadlines.append(self._heard_at + self.limits.orphan_s)
         deadlines += [self._watchdog_at(lease) for lease in self._leases.values() if lease.at_engine]
+        deadlines += [lease.upload.deadline for lease in self._leases.values() if lease.upload is not None]
         deadlines += [lease.keep_until for lease in islice(self._ended.values(), 1)]
         return min(deadlines)
 
@@ -893,6 +1018,8 @@ class Session:
                 text = f"the engine {lease.engine} said nothing for {silent:g} s"
                 self._fail(lease, Code.BACKEND_ERROR, text, now, retryable=True)
                 self._effects.append(Close(lease))
+            if lease.upload is not None:
+                self._ask_again(lease, lease.upload, now)
         for lease in list(takewhile(lambda lease: now >= lease.keep_until, self._ended.values())):
             self._drop(lease, now)
         return self._taken()

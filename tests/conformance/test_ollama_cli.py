@@ -110,6 +110,15 @@ def test_pull_cp_and_rm(ollama: Run, fleet: Fabric, new_key: Callable[..., str])
     assert ollama("pull", "carried").returncode == 1
 
 
+def test_create_from_a_file(ollama: Run, fleet: Fabric, new_key: Callable[..., str], tmp_path: Path) -> None:
+    host = f"{fleet.http_url}/k/{new_key('models:read', 'models:write')}"
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" * 2**19)
+    (tmp_path / "Modelfile").write_text("FROM ./model.gguf\n")
+    done = ollama("create", "filed-too", "-f", str(tmp_path / "Modelfile"), OLLAMA_HOST=host)
+    assert (done.returncode, "success" in done.stderr) == (0, True), done.stderr
+    fleet.until(lambda: "filed-too:latest" in ollama("list").stdout, "the model is listed")
+
+
 def test_a_model_that_is_nowhere(ollama: Run) -> None:
     done = ollama("show", "none")
     assert (done.returncode, done.stderr.strip()) == (1, "Error: model 'none' not found")

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import ollama
@@ -191,6 +192,20 @@ def test_pull_copy_and_delete(fleet: Fabric, new_key: Callable[..., str]) -> Non
         with pytest.raises(ollama.ResponseError) as raised:
             client.delete("brought")
         assert raised.value.status_code == 404
+
+
+def test_create_from_a_file(fleet: Fabric, new_key: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" * 2**19)
+    headers = {"Authorization": f"Bearer {new_key('models:read', 'models:write')}"}
+    with ollama.Client(fleet.http_url, headers=headers) as client:
+        digest = client.create_blob(file)
+        assert client.create_blob(file) == digest
+        created = list(client.create("filed", files={"model.gguf": digest}, stream=True))
+        assert created[-1].status == "success"
+        fleet.until(lambda: "filed:latest" in {model.model for model in client.list().models}, "the model is listed")
+        with pytest.raises(ollama.ResponseError, match="not found on"):
+            client.create("filed", files={"model.gguf": f"sha256:{'0' * 64}"})
 
 
 def test_pull_needs_a_key_that_may(client: ollama.Client) -> None:

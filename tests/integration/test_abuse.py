@@ -17,6 +17,7 @@ import workers.agent
 import workers.ollama
 from common.errors import Code
 from common.protocol import Failed, Submit, full_name
+from gateway.hints import EVERYBODYS
 from gateway.session import Histories, Over, Stream
 from gateway.settings import GatewaySettings
 from gateway.websocket import Closed, Connection, Services
@@ -262,6 +263,8 @@ def connection_of(submitted: list[Stream]) -> Connection:
         settings=GatewaySettings(outbox_bytes_max=1000, messages_per_s=50, messages_burst=200),
         upstream=SimpleNamespace(submit=submit),
         model=full_name,
+        share=lambda client: EVERYBODYS,
+        pulls=SimpleNamespace(may=lambda model: False),
         metrics=SimpleNamespace(requests=0, pauses=0, errors=Counter()),
     )
     return Connection(cast("Any", SimpleNamespace(scope={})), cast("Services", services))

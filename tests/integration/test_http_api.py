@@ -27,7 +27,8 @@ ENDLESS = {"num_predict": 1_000_000}
 def fabric(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fabric]:
     engines = [Settings(tokens_per_s=2000, slots=4), Settings(tokens_per_s=2000, slots=4)]
     folder = tmp_path_factory.mktemp("http")
-    with Fabric(folder, engines=engines, gateway_settings={"anonymous": True}) as running:
+    settings = {"anonymous": True, "body_bytes_max": 8 * 2**20}
+    with Fabric(folder, engines=engines, gateway_settings=settings) as running:
         yield running
 
 
@@ -138,7 +139,8 @@ def test_a_body_that_names_no_model(http: httpx.Client, content: bytes, words: s
 
 
 def test_a_body_that_is_too_large(http: httpx.Client) -> None:
-    response = http.post("/api/chat", content=b" " * (16 * 2**20 + 1))
+    """See tests/integration/test_large_bodies.py for those that are only large."""
+    response = http.post("/api/chat", content=b" " * (8 * 2**20 + 1))
     assert (response.status_code, response.json()["code"]) == (413, "TOO_LARGE")
 
 

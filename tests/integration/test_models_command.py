@@ -7,8 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from weftline_client import Client
 
 from cli.main import main
+from gateway import autopull
 from gateway.store import Store
 from tests.fabric import Fabric
 from workers.embedded.simulated import Settings
@@ -18,7 +20,9 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def fabric(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fabric]:
-    with Fabric(tmp_path_factory.mktemp("models"), engines=[Settings(), Settings()]) as running:
+    engines = [Settings(), Settings()]
+    pulls = {"auto_pull": ("sought",)}
+    with Fabric(tmp_path_factory.mktemp("models"), engines=engines, gateway_settings=pulls) as running:
         yield running
 
 
@@ -165,3 +169,23 @@ def test_a_name_stands_for_a_model_and_is_switched_and_switched_back(fabric: Fab
 def test_what_cannot_be_an_alias(arguments: list[str], words: str, capsys: Capture) -> None:
     assert main(["models", "alias", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_is_being_pulled_is_said(fabric: Fabric, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autopull, "GRACE_S", 0.01)
+    fault = {"kind": "hang", "model": "sought", "after": 5, "count": 2}
+    for url in fabric.engine_urls:
+        httpx.post(f"{url}/debug/faults", json=fault, trust_env=False).raise_for_status()
+
+    def said(name: str) -> str:
+        assert main(["models", "where", *name.split()]) == (1 if name else 0)
+        return capsys.readouterr().err
+
+    with Client.from_config(fabric.config_path) as client, client.generate("p", "sought", stream=True):
+        fabric.until(lambda: ", 50 %" in said("sought"), "it is said how far it is")
+        told = said("sought")
+        assert told.startswith("sought is being pulled on worker-1, worker-2: pulling ")
+        assert told.endswith(", 50 %\nweftline: no host has sought.\n")
+        assert "sought is being pulled" in said("")
+        assert "sought" not in said("other")
+    fabric.until(lambda: not said(""), "it is stopped")

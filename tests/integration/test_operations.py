@@ -285,3 +285,8 @@ def test_only_a_key_with_the_scope_may(fabric: Fabric) -> None:
         assert http.post("/api/pull", json={"model": "mine", "hosts": ["worker-1"]}).status_code == 200
         fabric.until(lambda: bool(having(http, "mine")), "it is seen")
         assert http.post("/api/copy", json=copy).status_code == 403
+
+
+def test_a_request_that_is_too_large(http: httpx.Client) -> None:
+    response = http.post("/api/create", content=b" " * (16 * 2**20 + 1))
+    assert (response.status_code, response.json()["code"]) == (413, "TOO_LARGE")

@@ -259,3 +259,133 @@ async def test_a_paused_connection_reads_on_when_told_and_can_be_kept() -> None:
             heard.connection.resume()
             await task
             assert heard.pieces == [b"first", b"second"]
+
+
+# Bodies in parts, and answers without one -----------------------------------------------------------------------------
+
+
+class Flow:
+    """A body of `count` parts of `size` bytes; remembers how many were taken. `held`: the rest does not come."""
+
+    def __init__(self, count: int, size: int, *, held: int | None = None) -> None:
+        self.size = count * size
+        self.asked = 0
+        self.were_taken = 0
+        self._part = b"x" * size
+        self._held = held
+        self.waits = asyncio.Event()
+
+    async def next(self) -> bytes:
+        if self.asked == self._held:
+            self.waits.set()
+            await asyncio.Event().wait()
+        self.asked += 1
+        return self._part
+
+    def taken(self) -> None:
+        self.were_taken += 1
+
+
+def length(head: bytes) -> int:
+    [value] = [line for line in head.split(b"\r\n") if line.startswith(b"content-length: ")]
+    return int(value.removeprefix(b"content-length: "))
+
+
+async def test_a_body_in_parts_goes_as_fast_as_the_engine_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, full = asyncio.Event(), asyncio.Event()
+    pause_writing = Connection.pause_writing
+
+    def pause(connection: Connection) -> None:
+        pause_writing(connection)
+        full.set()
+
+    monkeypatch.setattr(Connection, "pause_writing", pause)
+    size = 0
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal size
+        size = length(await reader.readuntil(b"\r\n\r\n"))
+        await reads.wait()
+        await reader.readexactly(size)
+        writer.write(OK + b"content-length: 2\r\n\r\nok")
+
+    async with engine(peer) as client:
+        heard, flow = Heard(), Flow(100, 2**20)
+        posting = asyncio.create_task(client.request("POST", "/api/chat", flow, heard))
+        await full.wait()
+        assert flow.asked == flow.were_taken + 1 < 100, "the engine reads nothing, and its socket holds little"
+        reads.set()
+        await posting
+    assert (heard.text, size, flow.were_taken) == (b"ok", 100 * 2**20, 100)
+
+
+async def test_a_connection_is_kept_after_a_body_in_parts() -> None:
+    connections = 0
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while True:
+            await reader.readexactly(length(await reader.readuntil(b"\r\n\r\n")))
+            writer.write(OK + b"content-length: 2\r\n\r\nok")
+
+    async with engine(peer) as client:
+        await client.request("POST", "/api/chat", Flow(3, 10), Heard())
+        await post(client, Heard())
+        assert connections == 1
+        await client.request("POST", "/api/chat", Flow(3, 10), Heard())
+        assert connections == 2, "on a kept one it could break, and its parts are gone"
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nno", b""])
+async def test_an_engine_need_not_read_a_body_to_its_end(answer: bytes) -> None:
+    left = asyncio.Event()
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(length(await reader.readuntil(b"\r\n\r\n")) // 2)
+        writer.write(answer)
+        if answer:
+            assert await reader.read() == b""
+        left.set()
+
+    async with engine(peer) as client:
+        heard, flow = Heard(), Flow(10, 10, held=5)
+        posting = asyncio.create_task(client.request("POST", "/api/chat", flow, heard))
+        await flow.waits.wait()
+        if answer:
+            await posting
+            assert (heard.status, heard.text) == (413, b"no")
+        else:
+            with pytest.raises(BrokenError):
+                await posting
+        await left.wait()
+
+
+async def test_a_bug_in_what_brings_the_parts_comes_out_as_itself() -> None:
+    class Broken(Flow):
+        async def next(self) -> bytes:
+            raise KeyError("a bug")
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with engine(peer) as client:
+        with pytest.raises(KeyError):
+            await client.request("POST", "/api/chat", Broken(1, 1), Heard())
+
+
+@pytest.mark.parametrize("more", [b"", b"content-length: 70\r\n"])
+async def test_an_answer_to_head_has_no_body_whatever_it_says(more: bytes) -> None:
+    left = asyncio.Event()
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\n%b\r\n" % more)
+        assert await reader.read() == b""
+        left.set()
+
+    async with engine(peer) as client:
+        heard = Heard()
+        await client.request("HEAD", "/api/blobs/x", b"", heard)
+        assert (heard.status, heard.pieces) == (404, [])
+        await left.wait()

@@ -26,19 +26,21 @@ from itertools import count
 from typing import Any, Final
 
 from broker.core import BrokerCore
-from broker.events import Effect, Event, Forward, Overflowed, Received, Send, Side, Unreachable
+from broker.events import Effect, Event, Forward, Overflowed, Received, Send, Side, Supply, Unreachable
 from broker.settings import BrokerSettings
 from common import protocol
 from common.errors import Code
-from common.protocol import Chunk, End, Engine, Failed, Message, Model, Submit, encode
+from common.protocol import Chunk, End, Engine, Failed, Message, Model, Part, Submit, encode
 from gateway.link import Attachment, Link
-from gateway.session import Events, Moved, Output, Over, Stream
-from workers.session import Close, Lease, Limits, Post, Probe, Resume, Served, Session
+from gateway.session import Events, Moved, Output, Over, Stream, Wanted
+from workers.session import Close, Give, Lease, Limits, Post, Probe, Resume, Served, Session
 from workers.session import Effect as WorkerEffect
 
 CHECK_ALL: Final = 1_000
 MODELS: Final = ("m:latest", "n:latest")
 SLOTS: Final = 3
+PART_BYTES: Final = 12
+"""Of the bodies that come in parts, so that they have several."""
 IN_FLIGHT_MAX: Final = 60
 """Messages under way on one line and direction; beyond it a dealer keeps its own and a broker drops chunks."""
 GRACE_S: Final = 20.0
@@ -76,6 +78,8 @@ class Wish:
     """How often its line was made; what an earlier one still brings is not heard."""
     stopped: bool = False
     gone: bool = False
+    parted: bytes = b""
+    """Its body, if it is fetched in parts."""
 
 
 class Line:
@@ -240,6 +244,15 @@ class BrokerNode(Node):
             if isinstance(effect, Forward):
                 frame: Any = effect.frame
                 self._forward(effect.peer, effect.rid, frame)
+            elif isinstance(effect, Supply):
+                part: Any = effect.frame
+                line = self.lines.get(effect.peer)
+                if line is None:
+                    effects += self.core.handle(Unreachable(Side.WORKER, effect.peer), self.world.now)
+                elif line.full(up=False) or self.world.rng.random() < self.world.drop:
+                    self.world.figures["parts dropped"] += 1
+                else:
+                    line.send(*part, up=False)
             elif isinstance(effect, Send):
                 touched.add(getattr(effect.message, "rid", b""))
                 line = self.lines.get(effect.peer)
@@ -277,7 +290,14 @@ class WorkerNode(Node):
         self.born()
 
     def born(self) -> None:
-        limits = Limits(first_byte_s=30, silence_s=15, orphan_s=30, keep_s=40, lease_bytes_max=64 * 2**10)
+        limits = Limits(
+            first_byte_s=30,
+            silence_s=15,
+            orphan_s=30,
+            keep_s=40,
+            lease_bytes_max=64 * 2**10,
+            part_bytes=PART_BYTES,
+        )
         epoch = f"{self.world.rng.getrandbits(128):032x}"
         self.session = Session(self.name, epoch, limits, self.world.now, brokers=len(self.lines))
         models = tuple(Model(name=name, digest=name, slots=SLOTS, resident=True) for name in MODELS)
@@ -285,6 +305,8 @@ class WorkerNode(Node):
         self.broker = 0
         self.work: dict[Lease, int] = {}
         """What the engine does, by lease: a number that tells a paused run from its continuation."""
+        self.bodies: dict[Lease, tuple[bytearray, list[bytes], int]] = {}
+        """Of those that come in parts: what the engine has, the parts it is given, and how many bytes it is to have."""
         for line in self.lines:
             line.dial()
         self._tick()
@@ -293,6 +315,7 @@ class WorkerNode(Node):
         for line in self.lines:
             line.cut()
         self.work.clear()
+        self.bodies.clear()
 
     def hear(self, broker: int, message: Any, payload: bytes) -> None:
         self._carry_out(self.session.handle(message, payload, self.world.now, broker=broker))
@@ -318,6 +341,15 @@ class WorkerNode(Node):
     def _carry_out(self, effects: Iterable[WorkerEffect]) -> None:
         for effect in effects:
             match effect:
+                case Post(lease, _, _, parted_bytes) if parted_bytes:
+                    self.work[lease] = 0
+                    self.bodies[lease] = bytearray(), [], parted_bytes
+                case Give(lease, part):
+                    if lease in self.bodies:
+                        parts = self.bodies[lease][1]
+                        parts.append(part)
+                        if len(parts) == 1:
+                            self._read(lease)
                 case Post(lease, body, prior):
                     job = json.loads(body)
                     self.work[lease] = 0
@@ -326,6 +358,7 @@ class WorkerNode(Node):
                     )
                 case Close(lease):
                     self.work.pop(lease, None)
+                    self.bodies.pop(lease, None)
                 case Resume(lease):
                     if lease in self.work:
                         self._generate(lease, self._jobs[lease])
@@ -341,6 +374,24 @@ class WorkerNode(Node):
     @property
     def _jobs(self) -> dict[Lease, dict[str, Any]]:
         return self.world.jobs
+
+    def _read(self, lease: Lease) -> None:
+        """The engine reads a part of a body, which takes a while."""
+        self.soon(self.world.now + self.world.rng.expovariate(1 / 0.02), partial(self._was_read, lease))
+
+    def _was_read(self, lease: Lease) -> None:
+        if lease not in self.bodies:
+            return
+        body, parts, size = self.bodies[lease]
+        body += parts.pop(0)
+        self.session.taken(lease, self.world.now)
+        if len(body) == size:
+            del self.bodies[lease]
+            self.world.figures["bodies in parts"] += 1
+            self._begin(lease, json.loads(body), ())
+        elif parts:
+            self._read(lease)
+        self.pump()
 
     def _begin(self, lease: Lease, job: dict[str, Any], prior: tuple[bytes, ...]) -> None:
         if lease not in self.work:
@@ -420,6 +471,15 @@ class GatewayNode(Node):
                 line.send(tell.message, tell.payload, up=True)
             elif tell.broker == self.link.broker and not isinstance(tell.message, protocol.Beat | protocol.Probe):
                 self.link.lost()
+
+    def supply(self, part: Part, payload: bytes) -> None:
+        """Send a part of a body, a little later: it has to be read."""
+        self.soon(self.world.now + self.world.rng.expovariate(1 / 0.005), partial(self._supply, part, payload))
+
+    def _supply(self, part: Part, payload: bytes) -> None:
+        line = self.lines[self.link.broker]
+        if line.open:
+            line.send(part, payload, up=True)
 
     def _tick(self) -> None:
         self.link.tick(self.world.now)
@@ -541,6 +601,8 @@ class World:
     def _wish(self, number: int) -> None:
         rng = self.rng
         wish = Wish(f"r{number}", rng.choice(MODELS), rng.randint(1, 25), rng.random() < 0.8 or not self.storm)
+        if not wish.resume or rng.random() < 0.1:
+            wish.resume, wish.parted = False, rng.choice([b"", self._body(wish)])
         self.open[wish] = None
         self.figures["requests"] += 1
         self._send(wish)
@@ -557,7 +619,6 @@ class World:
         if gateway is None:
             self.after(0.2, partial(self._send, wish))
             return
-        body = json.dumps({"model": wish.model, "prompt": wish.ref, "tokens": wish.tokens, "stream": True}).encode()
         submit = Submit(
             rid=self.rng.randbytes(16),
             client="c",
@@ -565,10 +626,16 @@ class World:
             model=wish.model,
             path="/api/generate",
             grace_ms=int(GRACE_S * 1000) if wish.resume else 0,
+            parted_bytes=len(wish.parted),
         )
+        body = b"" if wish.parted else self._body(wish)
         wish.gateway, wish.wanted, wish.lines = gateway, 0, wish.lines + 1
         wish.stream = gateway.link.submit(submit, body, partial(self._hear, wish, wish.lines), self.now)
         gateway.flush()
+
+    def _body(self, wish: Wish) -> bytes:
+        job = {"model": wish.model, "prompt": wish.ref, "tokens": wish.tokens, "stream": True}
+        return json.dumps(job).encode()
 
     def drop_line(self, wish: Wish, *, told: bool) -> None:
         """The client's line breaks; its gateway is `told`, unless it died."""
@@ -639,6 +706,12 @@ class World:
         match output:
             case Events():
                 self._read(wish, output)
+            case Wanted(attempt, offset, size):
+                assert wish.gateway is not None
+                assert wish.stream is not None
+                if self.rng.random() >= self.drop:
+                    part = Part(rid=wish.stream.submit.rid, attempt=attempt, offset=offset)
+                    wish.gateway.supply(part, wish.parted[offset : offset + size])
             case Moved():
                 raise Violation(f"at {self.now:.3f}: {wish.ref} moved away from its only client")
             case Over(terminal):

@@ -32,7 +32,7 @@ from weftline_client.errors import (
     WeftlineError,
     WorkerLostError,
 )
-from weftline_client.protocol import EmbedResult, Queued, Result, Timings, Token
+from weftline_client.protocol import EmbedResult, Pulling, Queued, Result, Timings, Token
 from weftline_client.sync import Client, SyncStream
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "NotConnectedError",
     "NotFoundError",
     "ProtocolError",
+    "Pulling",
     "QueueFullError",
     "Queued",
     "QuotaExceededError",

@@ -83,6 +83,7 @@ from weftline_client.protocol import (
     EmbedResult,
     GenerateParams,
     Message,
+    Pulling,
     Queued,
     Result,
     Token,
@@ -164,7 +165,7 @@ class _Request:
 
     __slots__ = (
         "buffer", "entered", "id", "last_seq", "message", "model", "news", "outcome", "parts", "phase",
-        "queued", "room", "stopped", "streamed", "thinking", "tool_calls", "tries",
+        "pulling", "queued", "room", "stopped", "streamed", "thinking", "tool_calls", "tries",
     )  # fmt: skip
 
     def __init__(self, message: Message, *, streamed: bool) -> None:
@@ -178,6 +179,7 @@ class _Request:
         self.tries = 0  # to take it up on a new line, since anything but an error came
         self.last_seq = -1
         self.queued: Queued | None = None
+        self.pulling: Pulling | None = None
         self.parts: list[str] = []
         self.thinking: list[str] = []
         self.tool_calls: list[Message] = []
@@ -269,6 +271,11 @@ class StreamState:
     def queued(self) -> Queued | None:
         """The last place in the queue that the server told, None if it told none."""
         return self._request.queued
+
+    @property
+    def pulling(self) -> Pulling | None:
+        """How far the pull of the model was when the server last told; None if it told of none."""
+        return self._request.pulling
 
     @property
     def text(self) -> str:
@@ -941,6 +948,8 @@ class AsyncClient(_Requests):
                     return request
             case "queued":
                 request.queued = Queued.from_message(message)
+            case "pulling":
+                request.pulling = Pulling.from_message(message)
             case "stream_start":
                 request.model = message["model"]
             case "stream_end":

@@ -154,6 +154,22 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulling:
+    """How far a host is with pulling the model: Ollama's words, and of a layer its digest and bytes, else None."""
+
+    status: str
+    digest: str | None = None
+    total: int | None = None
+    completed: int | None = None
+
+    @classmethod
+    def from_message(cls, message: Message) -> Self:
+        """The progress that a `pulling` tells."""
+        get = message.get
+        return cls(message["status"], get("digest"), get("total"), get("completed"))
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Where a request's time went, in ms; None where the server did not say."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from broker.core import BrokerCore
-from broker.events import Effect, Event, Forward, Garbled, Note, Overflowed, Received, Send, Side, Unreachable
+from broker.events import Effect, Event, Forward, Garbled, Note, Overflowed, Received, Send, Side, Supply, Unreachable
 from broker.settings import BrokerSettings
 from broker.state import Request
 from common.errors import Code
@@ -25,6 +25,7 @@ from common.protocol import (
     Hello,
     Message,
     Model,
+    Part,
     Query,
     Refused,
     Register,
@@ -32,6 +33,7 @@ from common.protocol import (
     Started,
     Stats,
     Submit,
+    Want,
     encode,
 )
 from common.protocol import State as EnginesChanged
@@ -120,6 +122,12 @@ class Harness:
         self.from_gateway(message, body, peer)
         return rid
 
+    def part(self, rid: bytes, attempt: int, offset: int = 0, *, peer: bytes = b"g1") -> bytes:
+        """A part of a body arrives; returns its frame."""
+        message = Part(rid=rid, attempt=attempt, offset=offset)
+        self.from_gateway(message, b"part", peer)
+        return encode(message, b"part")
+
     def cancel(self, rid: bytes, *, peer: bytes = b"g1", reason: str = "") -> None:
         self.from_gateway(Cancel(rid=rid, reason=reason), peer=peer)
 
@@ -179,6 +187,11 @@ class Harness:
 
     def started(self, rid: bytes, attempt: int, *, peer: bytes = b"w1") -> Started:
         message = Started(rid=rid, attempt=attempt, status=200, content_type="application/x-ndjson")
+        self.from_worker(message, peer=peer)
+        return message
+
+    def want(self, rid: bytes, attempt: int, offset: int = 0, *, peer: bytes = b"w1") -> Want:
+        message = Want(rid=rid, attempt=attempt, offset=offset, size=100)
         self.from_worker(message, peer=peer)
         return message
 
@@ -253,7 +266,7 @@ class Harness:
             if isinstance(effect, Send):
                 encode(effect.message)  # whatever the core says can be said
                 self._sent.setdefault(effect.peer, []).append((effect.message, effect.payload))
-            elif isinstance(effect, Forward):
+            elif isinstance(effect, Forward | Supply):
                 self._sent.setdefault(effect.peer, []).append((effect.frame, b""))
         return effects
 

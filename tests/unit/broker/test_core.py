@@ -57,6 +57,10 @@ def running(h: Harness, name: str = "r1", *, peer: bytes = b"w1", events: int = 
     return assign
 
 
+def positions(h: Harness, peer: bytes = b"g1") -> list[tuple[bytes, int]]:
+    return [(queued.rid, queued.position) for queued in h.told(Queued, peer)]
+
+
 # The way of a request -------------------------------------------------------------------------------------------------
 
 
@@ -143,12 +147,12 @@ def test_an_engines_answer_travels_with_the_failure_and_again_when_asked(h: Harn
 def test_who_waits_is_told_the_position_once_and_again_when_it_changes(h: Harness) -> None:
     first = running(h)
     second, third = h.submit("r2"), h.submit("r3")
-    assert h.told(Queued) == [Queued(rid=second, position=1), Queued(rid=third, position=2)]
+    assert positions(h) == [(second, 1), (third, 2)]
     h.wait(3, beating=[b"g1", b"w1"])
     assert h.told(Queued) == []
     h.end(first.rid, first.attempt)
     h.wait(3, beating=[b"g1", b"w1"])
-    assert h.told(Queued) == [Queued(rid=third, position=1)]
+    assert positions(h)[-1] == (third, 1)
 
 
 def test_positions_are_told_to_a_bounded_number_at_a_time(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +174,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     h.submit("r2")
     rid = h.submit("r3")
     [failed] = h.told(Failed)
-    assert (failed.rid, failed.code, failed.retry_after_ms) == (rid, Code.QUEUE_FULL, 5000)
+    assert (failed.rid, failed.code) == (rid, Code.QUEUE_FULL)
+    assert core.RETRY_AFTER_MS_MIN <= failed.retry_after_ms <= core.RETRY_AFTER_MS_MAX
 
 
 def test_one_client_cannot_fill_the_queue_and_its_place_comes_back() -> None:
@@ -692,7 +697,7 @@ def test_a_gateway_that_comes_back_is_told_where_its_requests_are(h: Harness) ->
     gap = Gap(rid=assign.rid, attempt=assign.attempt, top=4)
     assert h.sent(peer) == [Accepted(rid=assign.rid), leased, gap, Accepted(rid=waits)]
     h.wait(2.5, beating=[peer, b"w1"])
-    assert h.told(Queued, peer) == [Queued(rid=waits, position=1)]
+    assert positions(h, peer) == [(waits, 1)]
     frame = h.chunk(assign.rid, assign.attempt, 4)
     assert h.effects == [Forward(peer, assign.rid, frame)]
 
@@ -899,3 +904,64 @@ def test_one_peer_too_many_is_turned_away(h: Harness, monkeypatch: pytest.Monkey
     assert list(known) == before
     come(before[-1])  # who is known may always come back
     assert sorted(known) == sorted(before)
+
+
+# Bodies in parts ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_wants_of_a_body_goes_to_its_gateway_and_the_part_comes_back(h: Harness) -> None:
+    rid = h.submit("r1", body=b"", parted_bytes=5000)
+    assign = h.assigned()
+    assert (assign.parted_bytes, h.core.state.body_bytes) == (5000, 0)
+    h.sent(b"g1")
+    assert h.want(rid, assign.attempt, 1000) in h.sent(b"g1")
+    frame = h.part(rid, assign.attempt, 1000)
+    assert h.sent(b"w1") == [frame], "unchanged"
+
+
+def test_a_part_goes_nowhere_but_to_the_attempt_it_is_for(h: Harness) -> None:
+    rid = h.submit("r1", body=b"", parted_bytes=5000)
+    attempt = h.assigned().attempt
+    h.gateway("g2")
+    h.part(rid, attempt, peer=b"g2")
+    h.part(rid, attempt + 1)
+    h.part(rid_of("unheard of"), attempt)
+    h.refused(rid, attempt)
+    h.part(rid, 0)
+    assert h.sent(b"w1") == []
+    h.want(rid, attempt)
+    assert [type(message) for message in h.sent(b"w1")] == [Cancel], "it holds no lease"
+
+
+def test_a_body_in_parts_is_there_for_another_attempt(h: Harness) -> None:
+    """Its gateway has it: a request whose worker died before its first event runs elsewhere."""
+    rid = h.submit("r1", body=b"", parted_bytes=5000)
+    first = h.assigned()
+    h.bye(b"w1")
+    h.worker("w2")
+    again = h.assigned(b"w2")
+    assert (again.rid, again.parted_bytes) == (rid, 5000)
+    assert again.attempt > first.attempt
+    h.chunk(rid, again.attempt, peer=b"w2")
+    h.sent(b"g1")
+    h.bye(b"w2")
+    [failed] = h.told(Failed)
+    assert (failed.code, failed.resubmit, failed.seq) == (Code.WORKER_LOST, True, 1)
+
+
+def test_an_upload_goes_on_when_the_broker_was_restarted() -> None:
+    h = Harness(nonce=NONCE + 1)
+    attempt = attempt_of(1, NONCE)
+    rid = rid_of("r1")
+    h.worker("w1", claims=[claim_of(rid, attempt)])
+    h.sent(b"w1")
+    h.want(rid, attempt)
+    assert h.sent(b"w1") == [], "it waits for its gateway, which is not here yet"
+    h.gateway("g1")
+    h.submit("r1", body=b"", parted_bytes=5000, accepted=True, attempt=attempt)
+    h.sent(b"g1")
+    assert h.want(rid, attempt, 7) in h.sent(b"g1")
+    frame = h.part(rid, attempt, 7)
+    assert h.sent(b"w1") == [frame]
+    h.bye(b"w1")
+    assert h.told(Lost) == [Lost(rid=rid, attempt=attempt)], "it can run anew"

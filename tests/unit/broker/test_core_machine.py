@@ -13,6 +13,7 @@ and what the peers hear is held against the promises:
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,7 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from broker.core import TIMERS_SLACK
 from broker.events import Effect, Forward, Overflowed, Received, Send, Side, Unreachable
-from broker.state import Phase
+from broker.order import PATIENCE_S
+from broker.state import Phase, Request
 from common import protocol
 from common.errors import Code
 from common.protocol import (
@@ -100,6 +102,7 @@ class Call:
     absent_at: float | None = None
     terminal: End | Failed | None = None
     over: End | Failed | None = None
+    over_at: float = inf
     acked: bool = False
 
     def take(self, seq: int, lines: list[bytes]) -> None:
@@ -321,7 +324,7 @@ class Fabric(RuleBasedStateMachine):
             call.lost, call.terminal, call.top = True, None, len(call.lines)
             self.later(gateway.peer, *self.submission(call))
         else:
-            call.over = message
+            call.over, call.over_at = message, self.h.now
 
     def submission(self, call: Call) -> tuple[Submit, bytes]:
         absent_ms = None if call.absent_at is None else int((self.h.now - call.absent_at) * 1000)
@@ -394,8 +397,8 @@ class Fabric(RuleBasedStateMachine):
         waiting = [r for r in core.state.requests.values() if r.phase is Phase.QUEUED]
         request = core.state.requests.get(assign.rid)
         if request is not None and request.attempt == assign.attempt:
-            place = request.accepted, request.rid
-            assert all((r.accepted, r.rid) > place for r in waiting if r.submit.model == assign.model), "out of turn"
+            behind = [r for r in waiting if r.submit.model == assign.model and r.submit.client == request.submit.client]
+            assert all(_turn(r) > _turn(request) for r in behind), "out of turn"
         assert not worker.draining
         if assign.registration != worker.registration or worker.refuses:
             worker.refuses = max(0, worker.refuses - 1)
@@ -574,7 +577,13 @@ class Fabric(RuleBasedStateMachine):
 
     def resumable(self) -> list[tuple[FakeGateway, Call]]:
         calls = [(gateway, call) for gateway in self.gateways.values() for call in gateway.calls.values()]
-        return [(gateway, call) for gateway, call in calls if call.submit.grace_ms and not call.cancelled]
+        return [
+            (gateway, call)
+            for gateway, call in calls
+            # One that comes back later is too late, and hears so; unless a broker that knows nothing finds an attempt
+            # that was left behind, of a host that was away all the while.
+            if call.submit.grace_ms and not call.cancelled and self.h.now - call.over_at < call.submit.grace_ms / 1000
+        ]
 
     @precondition(lambda self: any(call.over is None for _, call in self.resumable()))
     @rule(which=pick)
@@ -745,3 +754,8 @@ TestFabric.settings = settings(
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
+
+
+def _turn(request: Request) -> tuple[float, float, bytes]:
+    due = request.accepted + PATIENCE_S
+    return due if request.deadline is None else min(due, request.deadline), request.accepted, request.rid

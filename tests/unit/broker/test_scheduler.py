@@ -23,11 +23,16 @@ A1 = attempt_of(1, 7)
 
 
 def fleet(*workers: str, slots: int = 1) -> Harness:
+    """Hosts on which two models are loaded."""
     h = Harness()
     h.gateway("g1")
     for worker in workers:
-        h.worker(worker, engine("m:latest", "n:latest", slots=slots))
+        h.worker(worker, warm(slots=slots))
     return h
+
+
+def warm(slots: int = 1) -> Engine:
+    return engine("m:latest", "n:latest", slots=slots, resident=["m:latest", "n:latest"])
 
 
 def where(h: Harness, name: str) -> str:
@@ -53,14 +58,14 @@ def test_a_full_model_does_not_hold_up_another() -> None:
     assert [where(h, name) for name in ("r1", "r2", "r3")] == ["w1", "queue", "w1"]
 
 
-def test_the_older_request_goes_first_across_models() -> None:
+def test_a_host_that_comes_gets_what_waits_for_each_of_its_models() -> None:
     h = fleet("w1", slots=3)
     h.bye(b"w1")
     h.sent(b"w1")
     for name, model in (("r1", "n:latest"), ("r2", "m:latest"), ("r3", "n:latest")):
         h.submit(name, model=model)
-    h.worker("w1", engine("m:latest", "n:latest", slots=3))
-    assert [assign.rid for assign in h.told(Assign, b"w1")] == [rid_of(name) for name in ("r1", "r2", "r3")]
+    h.worker("w1", warm(slots=3))
+    assert [assign.rid for assign in h.told(Assign, b"w1")] == [rid_of(name) for name in ("r1", "r3", "r2")]
 
 
 def test_what_comes_back_gets_its_old_place() -> None:
@@ -70,12 +75,8 @@ def test_what_comes_back_gets_its_old_place() -> None:
     first, second = h.told(Assign, b"w1")
     h.refused(second.rid, second.attempt)
     h.refused(first.rid, first.attempt)
-    assert [(position, request.rid[:2]) for position, request in enumerate(h.core.scheduler, 1)] == [
-        (1, b"r1"),
-        (2, b"r2"),
-        (3, b"r3"),
-        (4, b"r4"),
-    ]
+    positions = {r.rid: h.core.scheduler.outlook(r, h.now).position for r in h.core.scheduler}
+    assert positions == {rid_of(f"r{number}"): number for number in (1, 2, 3, 4)}
 
 
 def test_add_tells_the_position() -> None:

@@ -188,7 +188,7 @@ def _hold_foreign(state: State, queue: list[Request]) -> None:
     ],
 )
 def test_validate_finds_what_is_broken(h: Harness, corrupt: Callable[[State, list[Request]], None], story: str) -> None:
-    queue = [request for request in h.core.scheduler]
+    queue = list(h.core.scheduler)
     h.core.state.validate(queue)
     corrupt(h.core.state, queue)
     with pytest.raises(InvariantError, match=story):

@@ -50,6 +50,7 @@ def test_model_system_and_options_are_sent(config: Path, gateway: FakeGateway) -
 
 def test_json_is_an_object_per_line(config: Path, gateway: FakeGateway, capsys: Capture) -> None:
     async def script(line: Line, message: dict[str, Any]) -> None:
+        await line.send("pulling", id=message["id"], model="tiny", status="pulling manifest")
         await line.send("queued", id=message["id"], position=2, etaMs=500)
         await echo(line, message)
 
@@ -57,6 +58,7 @@ def test_json_is_an_object_per_line(config: Path, gateway: FakeGateway, capsys: 
     assert main(["chat", "--key", str(config), "--json", "so be it"]) == 0
     *events, result = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert events == [
+        {"type": "pulling", "status": "pulling manifest"},
         {"type": "queued", "position": 2, "etaMs": 500},
         {"type": "token", "text": "so ", "seq": 0},
         {"type": "token", "text": "be ", "seq": 1},
@@ -358,7 +360,9 @@ def test_a_line_that_comes_back_to_a_stranger_ends_it(
 
 async def _talk_until_stopped(line: Line, message: dict[str, Any]) -> None:
     """Wait in the queue, say one word, and go on only when told to stop."""
+    await line.send("pulling", id=message["id"], model="tiny", status="pulling dde5", total=200, completed=50)
     await line.send("queued", id=message["id"], position=3)
+    await line.send("queued", id=message["id"], position=1, etaMs=4_500)
     await line.send("stream_start", id=message["id"], model=message["model"])
     await line.token(message["id"], "hmm", 0, thinking="let me see")
     await line.token(message["id"], "once ", 1)
@@ -377,7 +381,9 @@ class TestTerminal:
         with _Terminal(["chat", "--key", str(config)]) as terminal:
             terminal.expect(">>> ")
             terminal.write("tell me\n")
+            terminal.expect("no host has tiny yet: pulling dde5, 25 %")
             terminal.expect("number 3 in the queue")
+            terminal.expect("number 1 in the queue, about 4.5 s more")
             terminal.expect("let me see")
             terminal.expect("once ")
             terminal.write("\x03")

@@ -72,7 +72,16 @@ REQUESTS = Snapshot(
     running=1,
     jobs=(
         Job(rid=b"\3" * 16, client="bob", ref="r3", model="llama2", state="queued", age_ms=10, position=2),
-        Job(rid=b"\2" * 16, client="bob", ref="r2", model="llama2", state="queued", age_ms=200_000, position=1),
+        Job(
+            rid=b"\2" * 16,
+            client="bob",
+            ref="r2",
+            model="llama2",
+            state="queued",
+            age_ms=200_000,
+            position=1,
+            eta_ms=4_500,
+        ),
         Job(
             rid=b"\1" * 16,
             client="ann",
@@ -94,10 +103,10 @@ def test_ps_as_text(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> 
         assert main(["ps", "--broker", address]) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
-        "REQUEST       STATE      AGE    MODEL   CLIENT  HOST   EVENTS",
-        "010101010101  streaming  12 s   llama2  ann     gpu-1  7",
-        "020202020202  queued #1  3 min  llama2  bob     -      0",
-        "030303030303  queued #2  0.0 s  llama2  bob     -      0",
+        "REQUEST       STATE                AGE    MODEL   CLIENT  HOST   EVENTS",
+        "010101010101  streaming            12 s   llama2  ann     gpu-1  7",
+        "020202020202  queued #1, in 4.5 s  3 min  llama2  bob     -      0",
+        "030303030303  queued #2            0.0 s  llama2  bob     -      0",
     ]
     assert "1 more" in shown.err
 
@@ -113,13 +122,14 @@ def test_ps_as_json(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> 
         "model": "llama2",
         "state": "streaming",
         "position": None,
+        "etaMs": None,
         "ageMs": 12_345,
         "host": "gpu-1",
         "engine": OLLAMA.url,
         "attempt": 1,
         "events": 7,
     }
-    assert (waiting["position"], waiting["host"]) == (1, None)
+    assert (waiting["position"], waiting["etaMs"], waiting["host"]) == (1, 4_500, None)
 
 
 def test_nothing_to_do(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,6 +196,40 @@ def test_clients_are_listed_and_revoked() -> None:
     ]
 
 
+def test_what_a_client_may_have_is_set_and_listed() -> None:
+    for name in ("ann", "bob"):
+        assert keys("create", name, "--algorithm", "ed25519").exit_code == 0
+    assert "weight 1  running any" in keys("list").stdout
+    result = keys("limit", "ann", "--weight", "2.5")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "ann: weight 2.5; any number of requests runs at once" in result.stdout
+    assert "ann: weight 2.5; at most 3 of its requests run at once" in keys("limit", "ann", "--running", "3").stdout
+    lines = keys("list").stdout.splitlines()
+    assert ["weight 2.5  running 3" in line for line in lines] == [True, False]
+    rows = json.loads(keys("list", "--json").stdout)
+    assert [(row["id"], row["weight"], row["runningMax"]) for row in rows] == [("ann", 2.5, 3), ("bob", 1.0, 0)]
+    assert "any number" in keys("limit", "ann", "--running", "0").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("ann",), 2, "say what to set"),
+        (("nobody", "--weight", "2"), 1, "there is no client 'nobody'"),
+        (("ann", "--weight", "0"), 2, "from 0.001 to 1000"),
+        (("ann", "--weight", "nan"), 2, "from 0.001 to 1000"),
+        (("ann", "--running", "-1"), 2, "any number: 0"),
+    ],
+)
+def test_what_no_client_may_have(arguments: tuple[str, ...], status: int, words: str) -> None:
+    assert keys("create", "ann", "--algorithm", "ed25519").exit_code == 0
+    result = keys("limit", *arguments)
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert words in result.stderr
+    (row,) = json.loads(keys("list", "--json").stdout)
+    assert (row["weight"], row["runningMax"]) == (1.0, 0)
+
+
 def test_revoking_nobody_fails() -> None:
     assert keys("create", "somebody", "--algorithm", "ed25519").exit_code == 0
     result = keys("revoke", "nobody")

@@ -30,6 +30,7 @@ from weftline_client import (
     ModelNotFoundError,
     NotConnectedError,
     ProtocolError,
+    Pulling,
     Queued,
     RateLimitedError,
     Reconnect,
@@ -128,6 +129,7 @@ async def test_what_a_model_gives_beside_text(gateway: FakeGateway, settings: Me
         request_id = message["id"]
         await line.send("queued", id=request_id, position=2, etaMs=100)
         await line.send("queued", id=request_id, position=1)
+        await line.send("pulling", id=request_id, model="tiny", status="pulling manifest")
         await line.send("stream_start", id=request_id, model="tiny")
         await line.token(request_id, "", 0, thinking="let ")
         await line.token(request_id, "", 2, thinking="me", logprobs=[{"logprob": -0.5}])
@@ -148,7 +150,7 @@ async def test_what_a_model_gives_beside_text(gateway: FakeGateway, settings: Me
     assert tokens[1].logprobs == [{"logprob": -0.5}]
     assert tokens[2].tool_calls == stream.result.tool_calls == [call]
     assert (stream.result.text, stream.result.thinking, stream.result.model) == ("so", "let me", "tiny")
-    assert stream.queued == Queued(1, None)
+    assert (stream.queued, stream.pulling) == (Queued(1, None), Pulling("pulling manifest"))
 
 
 async def test_a_server_that_numbers_nothing(gateway: FakeGateway, settings: Message) -> None:

@@ -14,6 +14,7 @@ from weftline_client import (
     InvalidRequestError,
     ModelNotFoundError,
     NotFoundError,
+    Pulling,
     Queued,
     QueueFullError,
     Result,
@@ -165,6 +166,8 @@ def parsed(message: Message) -> object:
             return Result.from_message(message, model="llama2", text="text", thinking="", tool_calls=[])
         case "queued":
             return Queued.from_message(message)
+        case "pulling":
+            return Pulling.from_message(message)
         case "embed_result":
             return EmbedResult.from_message(message)
     error = error_from_message(message, "partial")
@@ -176,6 +179,13 @@ END = {"id": STREAM, "model": "llama2", "text": "text", "thinking": "", "tool_ca
 PARSED: dict[str, object] = {
     "queued": Queued(3, 4500),
     "queued, no estimate": Queued(1, None),
+    "pulling": Pulling(
+        "pulling dde5aa3fc5ff",
+        "sha256:dde5aa3fc5ffc17176b5e8bdc82f587b24b2678c6c66101bf7da77af9f7ccdff",
+        2_019_377_376,
+        524_288_000,
+    ),
+    "pulling, no layer": Pulling("pulling manifest"),
     "stream_token": ("Blå 🌊", 0, None, None, None),
     "stream_token, thinking": ("", 1, "Rayleigh", None, None),
     "stream_token, tool calls": (

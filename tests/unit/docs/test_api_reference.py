@@ -16,7 +16,7 @@ from broker.core import POSITIONS_INTERVAL_S
 from broker.settings import BrokerSettings
 from common import protocol
 from common.errors import Code
-from gateway import auth, messages, session
+from gateway import auth, autopull, messages, session
 from gateway.protocols import Limits
 from gateway.settings import GatewaySettings
 from gateway.store import Client
@@ -202,11 +202,15 @@ FIXED: dict[str, float] = {
     "Age of a challenge": auth.CHALLENGE_S,
     "Time between the server's pings, and for the pong": Limits().ping_interval_s,
     "Ping, pong and tiny fragment frames in a burst": Limits().control_burst,
+    "Models being pulled at first use": autopull.PULLS_MAX,
+    "Requests waiting for such pulls": autopull.WAITING_MAX,
+    "Bodies of these requests": autopull.WAITING_BYTES_MAX,
+    "Time such a pull goes on when nobody waits for it": autopull.GRACE_S,
     "Attempts of a request": protocol.ATTEMPTS_MAX,
     "Text of a stream that can be continued, as the engine's lines": session.HISTORY_BYTES_MAX,
     "The same of all streams of a gateway": session.HISTORIES_BYTES_MAX,
 }
-UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
+UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def test_the_limits_are_those_of_the_settings() -> None:

@@ -31,8 +31,14 @@ WAIT_S = 10.0
 def a_gateway(authenticator: Authenticator | None = None, **settings: Any) -> Gateway:
     """With nobody behind it."""
     upstream = SimpleNamespace(revoke=lambda client_ids: None)
+    pulls = SimpleNamespace(revoke=lambda clients, tokens: None)
     services = SimpleNamespace(
-        settings=GatewaySettings(**settings), authenticator=authenticator, upstream=upstream, aliases={}
+        settings=GatewaySettings(**settings),
+        authenticator=authenticator,
+        upstream=upstream,
+        pulls=pulls,
+        aliases={},
+        shares={},
     )
     return Gateway(cast("Any", services), Keyring(lambda digest: None), cast("Any", None))
 

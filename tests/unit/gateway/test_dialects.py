@@ -69,3 +69,5 @@ def test_the_engines_own_status_counts() -> None:
 )
 def test_words(path: str, code: Code, words: str) -> None:
     assert words_of(path, "m:latest", failed(code)) == words
+    if code is Code.MODEL_NOT_FOUND:
+        assert words_of(path, "m:latest", failed(code, status=404)) == "it broke", "whoever answered has words for it"

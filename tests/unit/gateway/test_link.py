@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from common.errors import Code
 from common.protocol import (
@@ -31,13 +32,14 @@ from common.protocol import (
     Started,
     Stats,
     Submit,
+    Want,
     Who,
     attempt_of,
 )
 from common.standby import STEADY_S
 from gateway import link as link_module
 from gateway.link import PORTION_MESSAGES, Attachment, Link, Tell
-from gateway.session import REPLAYS_FRUITLESS_MAX, Begins, Events, Moved, Output, Over, Stream, Waits
+from gateway.session import REPLAYS_FRUITLESS_MAX, Begins, Events, Moved, Output, Over, Stream, Waits, Wanted
 
 A1 = attempt_of(1, 7)
 BODY = b'{"prompt":"p"}'
@@ -766,3 +768,32 @@ def test_a_process_that_was_stopped_gives_nothing_up() -> None:
     rig.link.tick(rig.now)
     assert client.heard == []
     assert rig.link.connected
+
+
+# Bodies in parts ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_wanted_of_a_body_goes_to_whoever_submitted_it() -> None:
+    rig = Rig()
+    _, who = rig.submit(parted_bytes=100)
+    want = Want(rid=rid_of("r"), attempt=A1, offset=0, size=10)
+    assert rig.hear(want) == []
+    assert who.heard == [Wanted(A1, 0, 10)]
+    assert rig.hear(replace(want, rid=rid_of("over"))) == [
+        Tell(0, Cancel(rid=rid_of("over"), reason="its gateway does not know it"))
+    ]
+
+
+def test_a_body_in_parts_does_not_come_with_a_client_that_is_back() -> None:
+    """It is where it was sent: without it the request goes on, but cannot run again."""
+    rig = Rig()
+    who = rig.attach()
+    rig.link.take()
+    rig.hear(Attached(id=1, submit=back(parted_bytes=100)))
+    [(stream, _)] = who.answers
+    assert stream is not None
+    assert stream.submit.parted_bytes == 0
+    rig.accept()
+    rig.hear(Leased(rid=rid_of("r"), attempt=A1, worker="w", engine="e"))
+    rig.hear(Failed(rid=rid_of("r"), attempt=A1, code=Code.WORKER_LOST, message="gone", resubmit=True))
+    assert who.code is Code.WORKER_LOST

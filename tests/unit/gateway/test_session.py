@@ -36,10 +36,12 @@ from common.protocol import (
     State,
     Stats,
     Submit,
+    Want,
     attempt_of,
 )
 from gateway import session
 from gateway.session import (
+    HAND_OVER_PATIENCE,
     REPLAY_PATIENCE_S,
     REPLAYS_FRUITLESS_MAX,
     Begins,
@@ -51,6 +53,7 @@ from gateway.session import (
     Stream,
     ToBroker,
     Waits,
+    Wanted,
 )
 from workers.session import Limits, Post, Session
 
@@ -863,6 +866,35 @@ def test_what_its_client_has_no_other_attempt_may_bring(had: int) -> None:
     assert driver.other == [Over(failed, b"")]
 
 
+@pytest.mark.parametrize("asked", [1, 9])
+def test_what_its_client_has_may_still_be_handed_over(asked: int) -> None:
+    """Its worker is lost, and the line of the gateway where it was before is slow."""
+    driver = Driver(b"", resumed={"wanted": 3}, attempt=A1, attachment=1)
+    driver.lease()
+    driver.fail(4)
+    for second in range(asked):
+        assert driver.sent[-1] == Replay(rid=RID, attempt=A1, start=0)
+        driver.fail(0)
+        driver.take(driver.stream.tick(1.0 + (second + 1) * REPLAY_PATIENCE_S))
+    assert driver.other == []
+    driver.hear(Started(rid=RID, attempt=A1, status=200), BODY)
+    driver.chunk(0, 4)
+    submit, payload = driver.submitted()
+    assert (submit.lost, submit.next_seq, payload) == (True, 4, BODY + lines(0, 4))
+
+
+def test_it_is_not_waited_for_for_ever() -> None:
+    driver = Driver(b"", resumed={"wanted": 3}, attempt=A1, attachment=1)
+    driver.lease()
+    driver.fail(4)
+    for second in range(HAND_OVER_PATIENCE):
+        driver.fail(0)
+        assert driver.other == []
+        driver.take(driver.stream.tick(1.0 + (second + 1) * REPLAY_PATIENCE_S))
+    failed = driver.fail(0)
+    assert driver.other == [Over(failed, b"")]
+
+
 def test_a_client_that_has_all_there_is_hears_why_it_broke_at_once() -> None:
     driver = Driver(resumed={"wanted": 3}, attempt=A1)
     driver.lease()
@@ -1005,3 +1037,39 @@ def test_whatever_is_lost_repeated_or_cut_the_client_sees_each_line_once_in_orde
         driver.take(driver.stream.tick(now + REPLAY_PATIENCE_S))
     driver.expect(total)
     assert len(driver.other) == 1
+
+
+# Bodies in parts ------------------------------------------------------------------------------------------------------
+
+
+def want(offset: int, attempt: int = A1) -> Want:
+    return Want(rid=RID, attempt=attempt, offset=offset, size=10)
+
+
+def test_what_is_wanted_of_a_body_in_parts_is_asked_of_whoever_has_it() -> None:
+    driver = Driver(b"", parted_bytes=100)
+    assert driver.submitted() == (replace(driver.stream.submit, body_bytes=0), b"")
+    assert driver.hear(want(0)) == [], "of what was before the submission"
+    driver.lease()
+    assert driver.hear(want(90)) == [Wanted(A1, 90, 10)]
+    assert driver.hear(want(100)) == [], "beyond its end"
+    assert driver.hear(want(0, A2)) == [], "of another attempt"
+    driver.hear(Lost(rid=RID, attempt=A1))
+    assert driver.hear(want(0)) == [], "the attempt is over"
+
+
+def test_a_body_in_parts_can_run_again_but_not_be_continued() -> None:
+    driver = Driver(b"", parted_bytes=100)
+    driver.lease()
+    driver.fail(0)
+    assert driver.submitted()[0].lost
+    driver.lease(A2)
+    driver.chunk(0, 2, A2)
+    failed = driver.fail(2, A2)
+    assert driver.other[-1] == Over(failed, b"")
+
+
+def test_nothing_is_wanted_of_a_body_that_was_sent() -> None:
+    driver = Driver()
+    driver.lease()
+    assert driver.hear(want(0)) == []

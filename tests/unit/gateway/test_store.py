@@ -29,6 +29,7 @@ from gateway.store import (
     Client,
     ClientIdError,
     DuplicateClientError,
+    LimitError,
     PublicKey,
     RevokedError,
     Scope,
@@ -110,6 +111,28 @@ def test_changes_are_numbered_in_order(store: Store) -> None:
     assert numbers(store) == [("bob", 2), ("alice", 3)]
     assert numbers(store, 2) == [("alice", 3)]
     assert store.changed_since(3) == []
+
+
+def test_what_a_client_may_have_is_a_change_to_be_seen(store: Store) -> None:
+    added = store.add("alice", key(1))
+    store.add("bob", key(2))
+    assert (added.weight, added.running_max) == (1.0, 0)
+    seen = store.changed_since(0)[-1].change
+    limited = store.limit("alice", weight=2.5)
+    assert (limited.weight, limited.running_max, limited.key) == (2.5, 0, added.key)
+    assert store.limit("alice", running_max=3) == store.get("alice")
+    (told,) = store.changed_since(seen)
+    assert isinstance(told, Client)
+    assert (told.id, told.weight, told.running_max) == ("alice", 2.5, 3)
+    with pytest.raises(UnknownClientError, match="no client 'carol'"):
+        store.limit("carol", weight=2)
+    for weight in (0.0, float("nan"), 1e9):
+        with pytest.raises(LimitError):
+            store.limit("alice", weight=weight)
+    for number in (-1, 10**9):
+        with pytest.raises(LimitError):
+            store.limit("alice", running_max=number)
+    assert store.get("alice") == told
 
 
 def test_a_name_is_given_once(store: Store) -> None:

@@ -17,6 +17,7 @@ from common.protocol import (
     COUNT_MAX,
     LIGHT,
     OPERATION,
+    PARTS_MAX,
     SILENCE_S,
     Assign,
     Beat,
@@ -32,6 +33,7 @@ from common.protocol import (
     Forgotten,
     Model,
     ModelOp,
+    Part,
     Refused,
     Register,
     Registered,
@@ -41,6 +43,7 @@ from common.protocol import (
     State,
     Stats,
     Superseded,
+    Want,
     Who,
 )
 from workers import session as session_module
@@ -50,9 +53,12 @@ from workers.session import (
     FRAMES_PER_PUMP_MAX,
     LEASE_OVERHEAD_BYTES,
     NOTES_MAX,
+    PART_PATIENCE_S,
+    WANTS_MAX,
     Close,
     Drained,
     Effect,
+    Give,
     Joined,
     Lease,
     LeaseState,
@@ -179,7 +185,12 @@ class Rig:
         assert set(s._ready) == {lease for lease in leases if lease.queued}
         for lease in leases:
             assert lease.state is not LeaseState.DROPPED
-            assert lease.queued == lease.has_more
+            if lease.upload is None:
+                assert lease.queued == lease.has_more
+            else:
+                assert lease.at_engine
+                assert lease.queued or not lease.has_more
+                assert 0 <= lease.upload.under_way <= PARTS_MAX
             assert lease.base <= lease.sent <= lease.top
             assert (lease.terminal is not None) == (not lease.at_engine)
             unsent = lease.events[lease.sent - lease.base :]
@@ -1313,3 +1324,154 @@ def test_events_out_are_events_in_whatever_the_socket_refuses(data: st.DataObjec
     read_out()
     assert {rid: b"".join(lines) for rid, lines in seen.items()} == dict(zip([b"a", b"b", b"c"], bodies, strict=True))
     assert ended == begun == {b"a", b"b", b"c"}
+
+
+# Bodies in parts ------------------------------------------------------------------------------------------------------
+
+BODY = bytes(range(60))
+
+
+class Upload:
+    """A lease whose body comes in parts of 10 bytes."""
+
+    def __init__(self, body: bytes = BODY, **limits: Any) -> None:
+        self.rig = Rig(part_bytes=10, **limits)
+        self.body = body
+        [post] = self.rig.handle(assign(parted_bytes=len(body)))
+        assert isinstance(post, Post)
+        assert (post.body, post.parted_bytes) == (b"", len(body))
+        self.lease = post.lease
+
+    def wants(self) -> list[int]:
+        """Where the parts begin that it asks for."""
+        wanted = self.rig.take()
+        assert all(isinstance(want, Want) and want.size == min(10, len(self.body) - want.offset) for want in wanted)
+        return [want.offset for want in wanted]
+
+    def part(self, offset: int, **changes: Any) -> list[bytes]:
+        """A part comes; what the engine is given."""
+        fields: dict[str, Any] = {"rid": b"r", "attempt": 1, "offset": offset} | changes
+        message = Part(**fields)
+        effects = self.rig.handle(message, self.body[offset : offset + 10])
+        assert all(isinstance(effect, Give) and effect.lease is self.lease for effect in effects)
+        return [effect.part for effect in effects if isinstance(effect, Give)]
+
+    def taken(self) -> None:
+        self.rig.session.taken(self.lease, self.rig.now)
+        self.rig.check()
+
+
+def test_a_large_body_is_asked_for_in_parts_as_the_engine_takes_it() -> None:
+    upload = Upload(BODY[:55])
+    assert upload.wants() == [0, 10, 20, 30], "so many at once"
+    assert upload.part(0) == [BODY[:10]]
+    assert upload.wants() == [], "the engine has not taken it"
+    upload.taken()
+    assert upload.wants() == [40]
+    assert upload.part(20) == []
+    assert upload.part(10) == [BODY[10:20], BODY[20:30]], "in order"
+    upload.taken()
+    upload.taken()
+    assert upload.wants() == [50]
+    for offset in (30, 40, 50):
+        assert upload.part(offset) == [BODY[offset : min(offset + 10, 55)]]
+        upload.taken()
+    assert upload.wants() == []
+    upload.rig.session.head(upload.lease, 200, NDJSON, upload.rig.now)
+    upload.rig.feed(upload.lease, FINAL)
+    upload.rig.session.eof(upload.lease, upload.rig.now)
+    assert [type(message) for message in upload.rig.take()] == [Started, Chunk, End]
+
+
+def test_what_is_no_part_that_was_asked_for_is_let_go() -> None:
+    upload = Upload()
+    upload.wants()
+    assert upload.part(0, attempt=2) == []
+    assert upload.part(0, rid=b"other") == []
+    assert upload.part(5) == []
+    assert upload.rig.handle(Part(rid=b"r", attempt=1, offset=0), b"short") == []
+    assert upload.part(0) == [BODY[:10]]
+    assert upload.part(0) == [], "it came twice"
+    upload.rig.session.head(upload.lease, 200, NDJSON, upload.rig.now)
+    upload.rig.feed(upload.lease, FINAL)
+    upload.rig.session.eof(upload.lease, upload.rig.now)
+    assert upload.part(10) == []
+    upload.taken()
+    other = upload.rig.assign(b"o")
+    assert upload.rig.handle(Part(rid=b"o", attempt=1, offset=0), b"x" * 10) == []
+    upload.rig.session.taken(other, upload.rig.now)
+
+
+def test_a_part_that_does_not_come_is_asked_for_again() -> None:
+    upload = Upload()
+    upload.wants()
+    upload.rig.now += 0.5
+    upload.part(0)
+    upload.taken()
+    assert upload.wants() == [40]
+    assert upload.rig.session.next_deadline() == 101.0
+    upload.rig.tick(101.0)
+    assert [want for want in upload.rig.take() if isinstance(want, Want)] == [
+        Want(rid=b"r", attempt=1, offset=offset, size=10) for offset in (10, 20, 30)
+    ]
+    upload.rig.tick(101.5)
+    assert upload.wants() == [40]
+
+
+def test_what_is_to_be_asked_for_waits_for_the_socket() -> None:
+    upload = Upload()
+    upload.rig.room = 2
+    upload.rig.pump()
+    assert upload.rig.session.blocked
+    upload.part(0)
+    upload.rig.room = None
+    assert upload.wants() == [0, 10, 20, 30]
+    upload.rig.room = 0
+    upload.rig.tick(upload.rig.now + PART_PATIENCE_S)
+    for offset in (10, 20, 30):
+        upload.part(offset)
+    upload.rig.room = None
+    assert [want for want in upload.rig.take() if isinstance(want, Want)] == [], "what came meanwhile is not asked for"
+
+
+def test_while_there_is_no_broker_nothing_is_asked_and_then_all_that_did_not_come() -> None:
+    upload = Upload(orphan_s=100.0)
+    upload.wants()
+    for _ in range(WANTS_MAX + 5):
+        upload.rig.tick(upload.rig.now + 1)
+        assert not any(isinstance(message, Want) for message in upload.rig.take() if upload.rig.session._lost)
+    upload.rig.handle(Registered(registration=8))
+    assert upload.wants() == [0, 10, 20, 30]
+
+
+def test_a_lease_whose_body_does_not_come_is_given_up() -> None:
+    upload = Upload()
+    rig = upload.rig
+    upload.wants()
+    for _ in range(WANTS_MAX):
+        assert not any(isinstance(message, Failed) for message in rig.take())
+        rig.tick(rig.now + PART_PATIENCE_S)
+        rig.handle(Beat())
+    failed = [message for message in rig.take() if isinstance(message, Failed)]
+    assert [(f.code, f.retryable, f.seq) for f in failed] == [(Code.WORKER_LOST, True, 0)]
+    assert Close(upload.lease) in rig.effects
+
+
+def test_an_engine_that_takes_nothing_is_given_up_and_one_that_takes_is_not() -> None:
+    upload = Upload(first_byte_s=10.0)
+    rig = upload.rig
+    upload.part(0)
+    rig.handle(Beat())
+    rig.now += 9
+    rig.session.taken(upload.lease, rig.now)
+    assert rig.session._watchdog_at(upload.lease) == rig.now + 10
+
+
+def test_whoever_cancels_an_upload_leaves_nothing_of_it() -> None:
+    upload = Upload()
+    upload.part(0)
+    assert upload.rig.handle(Cancel(rid=b"r", attempt=1)) == [Close(upload.lease)]
+    assert upload.rig.take() == []
+    assert upload.part(10) == []
+    upload.rig.session.taken(upload.lease, upload.rig.now)
+    assert upload.rig.take() == []
