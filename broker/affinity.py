@@ -16,8 +16,7 @@ CAPACITY_BYTES: Final = 4 * 2**20
 CAPACITY_BYTES_MIN: Final = 16 * 2**10
 CAPACITY_BYTES_MAX: Final = 64 * 2**20
 HASHES_MAX: Final = 1_000_000
-"""Kept of all runners, some 250 MB; each has its share."""
-HASHES_MIN: Final = 256
+"""Kept of all runners, some 250 MB. If there are more, none keeps more than its share."""
 SHRINK: Final = 0.7
 GROW: Final = 1.1
 
@@ -32,6 +31,7 @@ class Prefixes(Generic[R]):
         self._held: dict[R, OrderedDict[bytes, int]] = {}
         self._bytes: dict[R, int] = {}
         self._capacity: dict[R, float] = {}
+        self._count = 0
 
     def overlaps(self, prefix: Sequence[bytes]) -> dict[R, int]:
         """How many bytes of such a prompt each runner has read before; who has none is left out."""
@@ -45,7 +45,7 @@ class Prefixes(Generic[R]):
             else:
                 high = middle
         for index in range(low - 1, -1, -1):
-            having = holders.get(prefix[index], {})
+            having = holders.get(prefix[index], {})  # none where a chain is not one, as only a broken gateway sends it
             if len(having) > len(found):
                 for runner in having:
                     found.setdefault(runner, BOUNDARIES[index])
@@ -76,14 +76,20 @@ class Prefixes(Generic[R]):
             else:
                 held[key] = length = BOUNDARIES[index] - (BOUNDARIES[index - 1] if index else 0)
                 size += length
+                self._count += 1
                 self._holders.setdefault(key, {})[runner] = None
         self._bytes[runner] = size
-        self._trim(runner)
+        self._trim(runner, HASHES_MAX)
+        if self._count > HASHES_MAX:
+            share = HASHES_MAX // len(self._held)
+            for other in self._held:
+                self._trim(other, share)
 
     def missed(self, runner: R) -> None:
         """What it should have had it had not."""
-        self._capacity[runner] = max(CAPACITY_BYTES_MIN, self._bytes.get(runner, 0) * SHRINK)
-        self._trim(runner)
+        if runner in self._held:  # it may have been unloaded meanwhile
+            self._capacity[runner] = max(CAPACITY_BYTES_MIN, self._bytes[runner] * SHRINK)
+            self._trim(runner, HASHES_MAX)
 
     def hit(self, runner: R) -> None:
         """It had what it should have."""
@@ -98,15 +104,16 @@ class Prefixes(Generic[R]):
         self._bytes.pop(runner, None)
         self._capacity.pop(runner, None)
 
-    def _trim(self, runner: R) -> None:
+    def _trim(self, runner: R, share: int) -> None:
+        """It has room for so many bytes, and so many hashes are kept of it."""
         held, capacity = self._held[runner], self._capacity.get(runner, CAPACITY_BYTES)
-        share = max(HASHES_MIN, HASHES_MAX // len(self._held))
         while self._bytes[runner] > capacity or len(held) > share:
             key, length = held.popitem(last=False)
             self._bytes[runner] -= length
             self._drop(key, runner)
 
     def _drop(self, key: bytes, runner: R) -> None:
+        self._count -= 1
         holders = self._holders[key]
         del holders[runner]
         if not holders:

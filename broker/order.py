@@ -5,7 +5,12 @@ Rules
 - Between clients the one comes first that was served least: each has a counter of the tokens it got in this line,
   divided by its weight, where a token written counts OUTPUT_WEIGHT times one read (the virtual token counter of VTC,
   arXiv 2401.00588). It is charged with an estimate when a request is placed, and put right when it has ended.
-- Who comes back after a while begins at the least counter of those that wait: being away earns nothing. A debt stays.
+  Of two that were served alike the one comes first whose request is due first.
+- Who comes into a class in which nothing of it waits begins at least at the counter of the last turn: being away earns
+  nothing. A debt stays. That counter also rises by what a client gets on average, lest those with a debt wait for ever
+  while others come that have none.
+- Nor does it earn anything not to be able to run, for want of a host that may be used or because of a limit: who lags
+  further than fairness allows is owed no more than that.
 - A request of a higher priority comes before all of a lower one, of whichever client. Waiting raises it: after AGES_S a
   batch request is treated as normal, a normal one as interactive. So nobody is passed by for ever.
 - Among the requests of a client that have one priority the one due first comes first: due is its deadline, and at the
@@ -18,9 +23,11 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
+from math import ceil, floor, sqrt
 from typing import Final
 
+from broker.rates import Arrivals
 from broker.state import Request
 
 PRIORITIES: Final = {"interactive": 0, "normal": 1, "batch": 2}
@@ -29,9 +36,14 @@ AGES_S: Final = (0.0, 30.0, 60.0)
 """How long a request waits in its class until it is raised to the next."""
 PATIENCE_S: Final = 60.0
 OUTPUT_WEIGHT: Final = 2.0
+OTHERS_MIN: Final = 0.1
+"""How many requests of others are to be expected during a service, so that slots are kept free for them."""
+LAG_DEAREST: Final = 4.0
+"""How many of the dearest requests a client may lag behind. Of those that can run none lags more than 2 (so VTC)."""
 SAMPLE_MAX: Final = 64
 """Clients that are looked at to tell a position; of more, a sample stands for all."""
-CLIENTS_SLACK: Final = 256
+SLACK: Final = 256
+"""Clients that are remembered for their debts, and entries of a heap that may be stale, beside as many as count."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,26 +56,34 @@ class Entry:
     due: float
     cost: float
     rises_at: float
+    number: int
+    """Of those that were accepted at once, in which order they came."""
+    share: float = 1.0
+    """What it counts among those that wait: the more of its client wait already, the less."""
     patient_until: float = 0.0
     """Until then it may wait for a host that is warm for it, once that was decided."""
 
     @property
-    def key(self) -> tuple[float, float, bytes]:
-        return self.due, self.request.accepted, self.request.rid
+    def key(self) -> tuple[float, float, int]:
+        return self.due, self.request.accepted, self.number
 
 
-Place = tuple[float, float, bytes, Entry]
+Place = tuple[float, float, int, Entry]
+Turn = tuple[float, float, float, int, int, Entry]
+"""The counter of a client, and its first request: as it was."""
 
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A client in this line. `served`: its counter."""
+    """A client in this line. `served`: its counter; `at`: where it is among those that wait in each class."""
 
     name: str
     weight: float = 1.0
     served: float = 0.0
     running: int = 0
+    arrivals: Arrivals = field(default_factory=Arrivals)
     queues: tuple[list[Place], list[Place], list[Place]] = field(default_factory=lambda: ([], [], []))
+    at: list[int] = field(default_factory=lambda: [0, 0, 0])
 
     @property
     def waits(self) -> bool:
@@ -76,13 +96,19 @@ class Line:
     def __init__(self) -> None:
         self._number = count()
         self._clients: dict[str, Client] = {}
-        self._turns: tuple[list[tuple[float, str]], ...] = ([], [], [])
+        self._clients_max = SLACK
+        self._waiting: tuple[list[Client], ...] = ([], [], [])
+        self._turns: tuple[list[Turn], ...] = ([], [], [])
         self._rising: tuple[list[tuple[float, int, Entry]], ...] = ([], [], [])
         self._entries: dict[bytes, Entry] = {}
         self._counts = [0, 0, 0]
-        self._served = 0.0  # the counter of the client that had the last turn
+        self._arrivals = Arrivals()
+        self._served = 0.0  # where a client begins
+        self._dearest = 0.0  # the most that a request was charged, by weight
         self.cost = 1.0
         """What a waiting request costs on average, in tokens."""
+        self.pressure = 0.0
+        """How many wait, where the second of a client counts half, the third a third …: what all clients want of it."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -102,14 +128,16 @@ class Line:
         if client is None:
             self._sweep()
             client = self._clients[submit.client] = Client(submit.client)
-        if not client.running and not client.waits:
-            client.served = max(client.served, self._least())
         client.weight = submit.weight
+        client.arrivals.add(now)
+        self._arrivals.add(now)
         rank = PRIORITIES.get(submit.priority, PRIORITIES["normal"])
         due = request.accepted + PATIENCE_S
         if request.deadline is not None:
             due = min(due, request.deadline)
-        entry = Entry(request, client, rank, due, cost, request.accepted + AGES_S[rank])
+        entry = Entry(request, client, rank, due, cost, request.accepted + AGES_S[rank], next(self._number))
+        entry.share = 1 / (1 + sum(map(len, client.queues)))
+        self.pressure += entry.share
         self._entries[request.rid] = entry
         self.cost += (cost - self.cost) / min(len(self._entries), 100)
         self._insert(entry)
@@ -119,6 +147,11 @@ class Line:
         """It waits no longer."""
         entry = self._entries.pop(request.rid)
         self._withdraw(entry)
+        if not self._entries:
+            for rank in CLASSES:
+                self._turns[rank].clear()
+                self._rising[rank].clear()
+        self.pressure = self.pressure - entry.share if self._entries else 0.0
         return entry
 
     def get(self, request: Request) -> Entry:
@@ -132,8 +165,10 @@ class Line:
         """A request of the client runs, and will cost so many tokens."""
         client = self._clients.get(name)
         if client is None:
-            client = self._clients[name] = Client(name, weight, self._least())
+            client = self._clients[name] = Client(name, weight, self._served)
         client.running += 1
+        self._dearest = max(self._dearest, cost / client.weight)
+        self._serve(client, max(client.served, self._served - LAG_DEAREST * self._dearest))
         self._served = max(self._served, client.served)
         self._charge(client, cost)
 
@@ -148,61 +183,85 @@ class Line:
         self._raise(now)
         for rank in CLASSES:
             turns = self._turns[rank]
-            passed: list[tuple[float, str]] = []
-            seen: set[str] = set()
+            passed: list[Turn] = []
+            seen: set[Client] = set()
             try:
                 while turns:
-                    served, name = turns[0]
-                    client = self._clients.get(name)
-                    queue = client.queues[rank] if client is not None else None
-                    if not queue or client is None or served != client.served or name in seen:
-                        heapq.heappop(turns)  # from before its counter changed, or it waits no longer
-                        continue
-                    seen.add(name)
-                    passed.append(heapq.heappop(turns))
-                    if admits(name):
-                        yield queue[0][3]
+                    turn = heapq.heappop(turns)
+                    served, entry = turn[0], turn[-1]
+                    client, queue = entry.client, entry.client.queues[rank]
+                    if not queue or queue[0][3] is not entry or served != client.served or client in seen:
+                        continue  # from before its counter or its first request changed
+                    seen.add(client)
+                    passed.append(turn)
+                    if admits(client.name):
+                        yield entry
             finally:
                 for turn in passed:
                     heapq.heappush(turns, turn)
+
+    def hogs(self, name: str, slots: int, service_s: float, now: float) -> bool:
+        """Whether a client with a long queue has all but those slots which the others will want during a service."""
+        client = self._clients[name]
+        if 2 * client.running < slots or sum(map(len, client.queues)) < slots:
+            return False
+        others = (self._arrivals.per_s(now) - client.arrivals.per_s(now)) * service_s
+        return others >= OTHERS_MIN and client.running >= slots - ceil(others + sqrt(others))
 
     def position(self, entry: Entry) -> int:
         """How many come before it, and one, as counters stand and costs are estimated."""
         rank, client = entry.rank, entry.client
         own = bisect_left(client.queues[rank], entry.key)
-        start = client.served + own * self.cost / client.weight
-        looked_at, ahead = 0, 0.0
-        for other in islice(self._clients.values(), SAMPLE_MAX):
-            looked_at += 1
-            waiting = len(other.queues[rank])
-            if other is not client and waiting:
-                lead = (start - other.served) * other.weight / self.cost
-                ahead += min(waiting, lead + 1.0) if lead > 0 else float(lead == 0 and other.name < client.name)
+        waiting = self._waiting[rank]
+        looked_at, ahead = 0, 0
+        for other in waiting[:: -(-len(waiting) // SAMPLE_MAX)]:
+            if other is not client:
+                queue = other.queues[rank]
+                lead = (client.served - other.served) * other.weight / self.cost + own * other.weight / client.weight
+                turns = floor(min(lead, len(queue)))
+                if turns < lead or (turns >= 0 and turns < len(queue) and queue[turns][:3] < entry.key):
+                    turns += 1
+                looked_at += 1
+                ahead += min(max(turns, 0), len(queue))
+        if looked_at:
+            ahead = ahead * (len(waiting) - 1) // looked_at
         others = self._counts[rank] - len(client.queues[rank])
-        ahead = min(ahead * len(self._clients) / looked_at, others)
-        return sum(self._counts[:rank]) + own + int(ahead) + 1
+        return sum(self._counts[:rank]) + own + min(ahead, others) + 1
 
     def counters(self) -> dict[str, float]:
         """What each client got here, in tokens by weight."""
         return {name: client.served for name, client in self._clients.items()}
 
     def _insert(self, entry: Entry) -> None:
-        queue = entry.client.queues[entry.rank]
+        client, rank = entry.client, entry.rank
+        queue, waiting = client.queues[rank], self._waiting[rank]
+        if not queue:
+            self._serve(client, max(client.served, self._served))
+            client.at[rank] = len(waiting)
+            waiting.append(client)
         insort(queue, (*entry.key, entry))
+        if queue[0][3] is entry:
+            self._turn(client, rank)
         self._counts[entry.rank] += 1
-        if len(queue) == 1:
-            self._turn(entry.client, entry.rank)
         if entry.rank:
             rising = self._rising[entry.rank]
             heapq.heappush(rising, (entry.rises_at, next(self._number), entry))
-            if len(rising) > 2 * self._counts[entry.rank] + CLIENTS_SLACK:
+            if len(rising) > 2 * self._counts[entry.rank] + SLACK:
                 rising[:] = [one for one in rising if self._stands(one[2], entry.rank)]
                 heapq.heapify(rising)
 
     def _withdraw(self, entry: Entry) -> None:
-        queue = entry.client.queues[entry.rank]
-        del queue[bisect_left(queue, entry.key)]
-        self._counts[entry.rank] -= 1
+        client, rank = entry.client, entry.rank
+        queue, waiting = client.queues[rank], self._waiting[rank]
+        index = bisect_left(queue, entry.key)
+        del queue[index]
+        self._counts[rank] -= 1
+        if not queue:
+            last = waiting.pop()
+            if last is not client:
+                waiting[client.at[rank]], last.at[rank] = last, client.at[rank]
+        elif not index:
+            self._turn(client, rank)
 
     def _stands(self, entry: Entry, rank: int) -> bool:
         return entry.rank == rank and self._entries.get(entry.request.rid) is entry
@@ -220,34 +279,40 @@ class Line:
                     self._insert(entry)
 
     def _turn(self, client: Client, rank: int) -> None:
-        turns = self._turns[rank]
-        heapq.heappush(turns, (client.served, client.name))
-        if len(turns) > 2 * len(self._clients) + CLIENTS_SLACK:
-            turns[:] = [(one.served, one.name) for one in self._clients.values() if one.queues[rank]]
+        """Its counter or its first request in that class has changed."""
+        turns, waiting = self._turns[rank], self._waiting[rank]
+        heapq.heappush(turns, self._turn_of(client, rank))
+        if len(turns) > 2 * len(waiting) + SLACK:
+            turns[:] = [self._turn_of(one, rank) for one in waiting]
             heapq.heapify(turns)
 
+    def _turn_of(self, client: Client, rank: int) -> Turn:
+        due, accepted, number, entry = client.queues[rank][0]
+        return client.served, due, accepted, number, next(self._number), entry
+
     def _charge(self, client: Client, tokens: float) -> None:
-        if tokens:
-            client.served += tokens / client.weight
+        more = tokens / client.weight
+        self._served += more / len(self._clients)
+        self._serve(client, client.served + more)
+
+    def _serve(self, client: Client, served: float) -> None:
+        """Its counter stands there now."""
+        if served != client.served:
+            client.served = served
             for rank in CLASSES:
                 if client.queues[rank]:
                     self._turn(client, rank)
 
-    def _least(self) -> float:
-        """The least counter of those that wait; of nobody, that of the last turn."""
-        least: float | None = None
-        for rank in CLASSES:
-            turns = self._turns[rank]
-            while turns:
-                served, name = turns[0]
-                client = self._clients.get(name)
-                if client is not None and client.queues[rank] and served == client.served:
-                    least = served if least is None else min(least, served)
-                    break
-                heapq.heappop(turns)
-        return self._served if least is None else least
-
     def _sweep(self) -> None:
-        """Forget clients that neither wait nor run, once they are many; debts of those away longest go with them."""
-        if len(self._clients) >= CLIENTS_SLACK and len(self._clients) >= 2 * len(self._entries):
-            self._clients = {name: one for name, one in self._clients.items() if one.running or one.waits}
+        """Forget clients that neither wait nor run, once they are many, but for the SLACK that have the largest debts.
+
+        Without a debt a client begins as one that is new.
+        """
+        if len(self._clients) >= self._clients_max:
+            away = [one for one in self._clients.values() if not one.running and not one.waits]
+            debtors = heapq.nlargest(
+                SLACK, (one for one in away if one.served > self._served), key=lambda one: one.served
+            )
+            for one in set(away).difference(debtors):
+                del self._clients[one.name]
+            self._clients_max = 2 * len(self._clients) + SLACK

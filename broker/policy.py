@@ -183,7 +183,7 @@ class Demand:
     """
 
     name: str
-    arrivals: Arrivals
+    arrivals: Arrivals = field(default_factory=Arrivals)
     line: Line = field(default_factory=Line)
     output: Mean = field(default_factory=Mean)
     prompt: Mean = field(default_factory=Mean)
@@ -282,8 +282,6 @@ class Policy(Scheduler):
             return
         submit = request.submit
         demand = self._demand(submit.model, now)
-        if not request.failures:
-            demand.arrivals.add(now)
         if submit.running_max:
             self._running_max[submit.client] = submit.running_max
         else:
@@ -293,6 +291,8 @@ class Policy(Scheduler):
         self._waiting += 1
         was_empty = not len(demand.line)
         entry = demand.line.add(request, demand.cost(request, 0), now)
+        if not request.failures:
+            demand.arrivals.add(now, entry.share)
         if was_empty or demand.line.is_first(entry):
             self._dirty[demand] = None
 
@@ -419,7 +419,12 @@ class Policy(Scheduler):
     def _place(self, demand: Demand, now: float) -> Placement | None:
         demand.wants_load = False
         demand.look(now)
-        with closing(demand.line.candidates(now, self._admits)) as candidates:
+        service_s = demand.slots / demand.capacity if demand.capacity else 0.0
+
+        def admits(client: str) -> bool:
+            return self._admits(client) and not demand.line.hogs(client, demand.slots, service_s, now)
+
+        with closing(demand.line.candidates(now, admits)) as candidates:
             for entry in islice(candidates, CANDIDATES_MAX):
                 option = self._choose(demand, entry, now)
                 if option is None:
@@ -554,8 +559,8 @@ class Policy(Scheduler):
         self, demand: Demand, runner: Runner, load_s: float, service_s: float, lasts_s: float, now: float
     ) -> float:
         """How many seconds of waiting it saves all together to load one more runner of the model."""
-        waiting, arrivals = len(demand.line), demand.arrivals.per_s(now)
-        last_s = max(0.0, demand.soonest - now) + (waiting - 1) / demand.capacity
+        waiting, arrivals = demand.line.pressure, demand.arrivals.per_s(now)
+        last_s = max(0.0, demand.soonest - now) + max(0.0, waiting - 1) / demand.capacity
         more = runner.slots / service_s
         now_s = waiting * max(0.0, last_s - load_s) / 2 * more / (demand.capacity + more)
         each_s = demand.wait_s(arrivals, 0) - demand.wait_s(arrivals, runner.slots, more)
@@ -740,7 +745,7 @@ class Policy(Scheduler):
     def _demand(self, name: str, now: float) -> Demand:
         demand = self._demands.get(name)
         if demand is None:
-            demand = self._demands[name] = Demand(name, Arrivals(now))
+            demand = self._demands[name] = Demand(name)
         return demand
 
     def _server(self, worker: Worker, url: str) -> Server:
@@ -801,6 +806,7 @@ class Policy(Scheduler):
         for model in engine.models if engine.up else ():
             runner = self._runner(worker, engine.url, model.digest, model.slots, model.size_bytes)
             runner.slots, runner.size = model.slots, model.size_bytes
+            runner.rates.resize(model.size_bytes)
             names.setdefault(model.digest, set()).add(model.name)
             if model.resident:
                 told[model.digest] = model.size_bytes

@@ -86,12 +86,16 @@ class Rates:
     """Of one model on one engine."""
 
     def __init__(self, size_bytes: int, engine: Scale, fleet: Scale) -> None:
-        self.size = max(float(size_bytes), SIZE_MIN)
+        self.resize(size_bytes)
         self._engine = engine
         self._fleet = fleet
         self._token = Fit()
         self._prefill = Mean()
         self._load = Mean()
+
+    def resize(self, size_bytes: int) -> None:
+        """How large the model is, by which the priors go."""
+        self.size = max(float(size_bytes), SIZE_MIN)
 
     def token_s(self, beside: float) -> float:
         """Seconds per token written, with so many other requests on the engine."""
@@ -156,12 +160,12 @@ class Arrivals:
 
     HALF_LIFE_S: Final = 120.0
 
-    def __init__(self, now: float) -> None:
+    def __init__(self) -> None:
         self._count = 0.0
-        self._at = now
+        self._at = 0.0
 
-    def add(self, now: float) -> None:
-        self._count = self._decayed(now) + 1
+    def add(self, now: float, share: float = 1.0) -> None:
+        self._count = self._decayed(now) + share
         self._at = now
 
     def per_s(self, now: float) -> float:
