@@ -79,7 +79,7 @@ class Prefixes(Generic[R]):
                 self._count += 1
                 self._holders.setdefault(key, {})[runner] = None
         self._bytes[runner] = size
-        self._trim(runner, HASHES_MAX)
+        self._trim(runner)
         if self._count > HASHES_MAX:
             share = HASHES_MAX // len(self._held)
             for other in self._held:
@@ -89,7 +89,7 @@ class Prefixes(Generic[R]):
         """What it should have had it had not."""
         if runner in self._held:  # it may have been unloaded meanwhile
             self._capacity[runner] = max(CAPACITY_BYTES_MIN, self._bytes[runner] * SHRINK)
-            self._trim(runner, HASHES_MAX)
+            self._trim(runner)
 
     def hit(self, runner: R) -> None:
         """It had what it should have."""
@@ -104,7 +104,7 @@ class Prefixes(Generic[R]):
         self._bytes.pop(runner, None)
         self._capacity.pop(runner, None)
 
-    def _trim(self, runner: R, share: int) -> None:
+    def _trim(self, runner: R, share: int = HASHES_MAX) -> None:
         """It has room for so many bytes, and so many hashes are kept of it."""
         held, capacity = self._held[runner], self._capacity.get(runner, CAPACITY_BYTES)
         while self._bytes[runner] > capacity or len(held) > share:

@@ -38,6 +38,7 @@ Rules that keep the promises (those about the time before this broker: broker/re
 
 import heapq
 from collections import Counter
+from math import inf, nextafter
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
@@ -151,6 +152,7 @@ class BrokerCore:
         self._superseded: dict[str, None] = {}
         self._client_waiting: dict[str, int] = {}
         self._served: dict[str, float] = {}
+        self._accepted = -inf
         self._timers: list[tuple[float, bytes]] = []
         self._kept: dict[bytes, None] = {}  # acknowledged requests that clients can resume, oldest first
         self._ticked = now
@@ -415,13 +417,17 @@ class BrokerCore:
         if submit.accepted and known is None:
             self._window.trace(now)
             self._window.hold(now)
+        accepted = now - submit.waited_ms / 1000
+        if not submit.waited_ms:
+            # Those that come at one time by the clock, as in a burst, keep their order.
+            accepted = self._accepted = max(accepted, nextafter(self._accepted, inf))
         continues = submit.lost and submit.next_seq > 0
         request = Request(
             rid=submit.rid,
             submit=submit,
             body=body,
             gateway=gateway,
-            accepted=now - submit.waited_ms / 1000,
+            accepted=accepted,
             start=submit.next_seq if continues else 0,
             body_bytes=submit.body_bytes if continues else len(body),
             events=submit.next_seq,

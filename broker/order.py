@@ -24,7 +24,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from math import ceil, floor, sqrt
+from math import ceil, sqrt
 from typing import Final
 
 from broker.rates import Arrivals
@@ -56,20 +56,18 @@ class Entry:
     due: float
     cost: float
     rises_at: float
-    number: int
-    """Of those that were accepted at once, in which order they came."""
     share: float = 1.0
     """What it counts among those that wait: the more of its client wait already, the less."""
     patient_until: float = 0.0
     """Until then it may wait for a host that is warm for it, once that was decided."""
 
     @property
-    def key(self) -> tuple[float, float, int]:
-        return self.due, self.request.accepted, self.number
+    def key(self) -> tuple[float, float, bytes]:
+        return self.due, self.request.accepted, self.request.rid
 
 
-Place = tuple[float, float, int, Entry]
-Turn = tuple[float, float, float, int, int, Entry]
+Place = tuple[float, float, bytes, Entry]
+Turn = tuple[float, float, float, bytes, int, Entry]
 """The counter of a client, and its first request: as it was."""
 
 
@@ -135,7 +133,7 @@ class Line:
         due = request.accepted + PATIENCE_S
         if request.deadline is not None:
             due = min(due, request.deadline)
-        entry = Entry(request, client, rank, due, cost, request.accepted + AGES_S[rank], next(self._number))
+        entry = Entry(request, client, rank, due, cost, request.accepted + AGES_S[rank])
         entry.share = 1 / (1 + sum(map(len, client.queues)))
         self.pressure += entry.share
         self._entries[request.rid] = entry
@@ -212,17 +210,16 @@ class Line:
         """How many come before it, and one, as counters stand and costs are estimated."""
         rank, client = entry.rank, entry.client
         own = bisect_left(client.queues[rank], entry.key)
-        waiting = self._waiting[rank]
-        looked_at, ahead = 0, 0
+        waiting, key, cost = self._waiting[rank], entry.key, self.cost
+        start, served = own / client.weight, client.served
+        looked_at = ahead = 0
         for other in waiting[:: -(-len(waiting) // SAMPLE_MAX)]:
             if other is not client:
-                queue = other.queues[rank]
-                lead = (client.served - other.served) * other.weight / self.cost + own * other.weight / client.weight
-                turns = floor(min(lead, len(queue)))
-                if turns < lead or (turns >= 0 and turns < len(queue) and queue[turns][:3] < entry.key):
-                    turns += 1
                 looked_at += 1
-                ahead += min(max(turns, 0), len(queue))
+                lead = (start + (served - other.served) / cost) * other.weight  # so many of its turns before this one
+                if lead >= 0:
+                    queue, turns = other.queues[rank], int(lead)
+                    ahead += turns + (lead > turns or queue[turns] < key) if turns < len(queue) else len(queue)
         if looked_at:
             ahead = ahead * (len(waiting) - 1) // looked_at
         others = self._counts[rank] - len(client.queues[rank])
@@ -287,8 +284,8 @@ class Line:
             heapq.heapify(turns)
 
     def _turn_of(self, client: Client, rank: int) -> Turn:
-        due, accepted, number, entry = client.queues[rank][0]
-        return client.served, due, accepted, number, next(self._number), entry
+        due, accepted, rid, entry = client.queues[rank][0]
+        return client.served, due, accepted, rid, next(self._number), entry
 
     def _charge(self, client: Client, tokens: float) -> None:
         more = tokens / client.weight

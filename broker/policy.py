@@ -45,7 +45,7 @@ from common.protocol import Engine, Stats, names_engine
 
 CANDIDATES_MAX: Final = 4
 """Requests of a line that are looked at while those before them wait for a host that is warm for them."""
-AFFINITY_S_MAX: Final = 5.0
+AFFINITY_S_MAX: Final = 20.0
 RESIDENT_LOADS: Final = 3.0
 STARVING_S: Final = 15.0
 DRAIN_S_MAX: Final = 120.0
@@ -65,13 +65,18 @@ MODEL_MEMORY_BYTES: Final = 5e8
 BELIEF_S: Final = 6.0
 """What was loaded here an engine's next reports may not show yet."""
 LOOK_S: Final = 1.0
+OVERLAP_SMALL: Final = 0.2
+"""The share of a prompt up to which it doesn't matter much whether it was there: it tells how fast the rest was read."""
 OVERLAP_TOKENS_MIN: Final = 256
 """Of less it can't be seen whether it was read from the cache."""
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A request on a runner. `cost` is what its client was charged, `ends` when it should end."""
+    """A request on a runner. `cost` is what its client was charged, `ends` when it should end.
+
+    `reads_s`: how long reading its prompt takes; 0 once that is done.
+    """
 
     client: str
     cost: float
@@ -79,6 +84,7 @@ class Lease:
     overlap: int
     beside: int
     loads: bool
+    reads_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -121,6 +127,7 @@ class Runner:
 class Server:
     """An engine. `holds`: bytes of models it was seen to hold at once; `bursts`: more than it can.
 
+    `reading_s`: how long it will read prompts, one after the other, as if it had begun none of them.
     `room`: bytes of a model that could be loaded if all that is idle were unloaded; 0 while one is being loaded.
     `drains_for`: until it has loaded that model it takes no other request, at most until then.
     """
@@ -133,6 +140,7 @@ class Server:
     runners: dict[str, Runner] = field(default_factory=dict)
     loaded: dict[str, Runner] = field(default_factory=dict)
     running: int = 0
+    reading_s: float = 0.0
     loading: Runner | None = None
     drains_for: "Demand | None" = None
     drains_until: float = -inf
@@ -327,9 +335,9 @@ class Policy(Scheduler):
         runner.leases[request.rid] = lease
         server.running += 1
         server.refresh()
-        run_s = (
-            demand.prompt_tokens(request, overlap) * runner.prefill_s + demand.output_tokens(request) * runner.token_s
-        )
+        lease.reads_s = demand.prompt_tokens(request, overlap) * runner.prefill_s
+        server.reading_s += lease.reads_s
+        run_s = server.reading_s + demand.output_tokens(request) * runner.token_s
         lease.ends = now + runner.load_left_s(now) + run_s
         runner.used = now
         self._prefixes.remember(runner, submit.prefix)
@@ -344,6 +352,7 @@ class Policy(Scheduler):
             return
         assert request.worker is not None
         runner = self._runner(request.worker, request.engine, request.digest)
+        self._has_read(runner.server, runner.leases[request.rid])
         if runner.loading == request.rid:
             self._has_loaded(runner, now)
 
@@ -356,6 +365,7 @@ class Policy(Scheduler):
         runner = self._runner(request.worker, request.engine, request.digest)
         lease = runner.leases.pop(request.rid)
         server = runner.server
+        self._has_read(server, lease)
         server.running -= 1
         runner.used = now
         if runner.loading == request.rid:
@@ -456,7 +466,7 @@ class Policy(Scheduler):
                 continue
             if overlaps is not None:
                 fresh = demand.prompt_tokens(request, overlaps[runner]) if runner in overlaps else whole
-            finish_s = fresh * runner.prefill_s + output * runner.token_s
+            finish_s = runner.server.reading_s + fresh * runner.prefill_s + output * runner.token_s
             load_s = runner.load_left_s(now)
             if len(runner.leases) < runner.slots:
                 finish_s += load_s
@@ -716,6 +726,11 @@ class Policy(Scheduler):
                 if demand.wants_load:
                     self._touch(demand)
 
+    @staticmethod
+    def _has_read(server: Server, lease: Lease) -> None:
+        server.reading_s = max(0.0, server.reading_s - lease.reads_s) if server.running > 1 else 0.0
+        lease.reads_s = 0.0
+
     def _has_loaded(self, runner: Runner, now: float) -> None:
         server = runner.server
         runner.loading, server.loading = b"", None
@@ -836,8 +851,8 @@ class Policy(Scheduler):
         rates.saw_tokens(stats.completion_tokens, stats.completion_ns, (lease.beside + runner.server.running) / 2)
         overlap = min(lease.overlap * demand.tokens_per_byte.of(TOKENS_PER_BYTE), stats.prompt_tokens)
         if stats.prompt_tokens:
-            if not lease.overlap:
-                rates.saw_prefill(stats.prompt_tokens, stats.prompt_ns)
+            if overlap <= OVERLAP_SMALL * stats.prompt_tokens:
+                rates.saw_prefill(int(stats.prompt_tokens - overlap), stats.prompt_ns)
             elif overlap > OVERLAP_TOKENS_MIN:
                 between = rates.prefill_s(stats.prompt_tokens - overlap / 2)
                 if stats.prompt_ns * NS > between:
