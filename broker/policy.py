@@ -62,8 +62,8 @@ NOWHERE_S: Final = 1e6
 MEMORY_FACTOR: Final = 1.1
 MODEL_MEMORY_BYTES: Final = 5e8
 """What a model takes in memory beside its size on disk: caches, and what is computed."""
-BELIEF_S: Final = 6.0
-"""What was loaded here an engine's next reports may not show yet."""
+BLAMED_S: Final = 12.0
+"""What is seen to be unloaded so soon after a load was unloaded for it."""
 LOOK_S: Final = 1.0
 OVERLAP_SMALL: Final = 0.2
 """The share of a prompt up to which it doesn't matter much whether it was there: it tells how fast the rest was read."""
@@ -75,7 +75,7 @@ OVERLAP_TOKENS_MIN: Final = 256
 class Lease:
     """A request on a runner. `cost` is what its client was charged, `ends` when it should end.
 
-    `reads_s`: how long reading its prompt takes; 0 once that is done.
+    `reads_s`: how long reading its prompt takes; 0 once that is done. `alone`: nothing else was read meanwhile.
     """
 
     client: str
@@ -85,6 +85,8 @@ class Lease:
     beside: int
     loads: bool
     reads_s: float = 0.0
+    alone: bool = False
+    started: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +109,8 @@ class Runner:
     since: float = -inf
     used: float = -inf
     loading: bytes = b""
+    leaving: bool = False
+    """Another is loaded, and this one is unloaded for it as soon as it is idle."""
     leases: dict[bytes, Lease] = field(default_factory=dict)
     token_s: float = 0.0
     full_token_s: float = 0.0
@@ -154,9 +158,11 @@ class Server:
             return True
         if 0 < self.models_max < count:
             return False
+        if size <= self.holds:
+            return True
         if self.memory:
             return size * MEMORY_FACTOR + MODEL_MEMORY_BYTES * count <= self.memory
-        return size <= self.holds or size < self.bursts
+        return size < self.bursts
 
     def drains(self, now: float) -> bool:
         """Whether it takes nothing, so that it becomes idle."""
@@ -324,11 +330,8 @@ class Policy(Scheduler):
         server = runner.server
         loads = not runner.loaded or runner.variant != submit.variant
         if loads:
-            self._prefixes.forget(runner)
-            self._set_loaded(runner, True)
-            runner.variant, runner.since = submit.variant, now
-            if server.loading is None:
-                runner.loading, server.loading = request.rid, runner
+            runner.variant = submit.variant
+            self._loads(runner, request.rid, now)
         overlap = self._prefixes.overlap(runner, submit.prefix)
         cost = demand.cost(request, overlap)
         lease = Lease(submit.client, cost, now, overlap, server.running, loads)
@@ -336,6 +339,11 @@ class Policy(Scheduler):
         server.running += 1
         server.refresh()
         lease.reads_s = demand.prompt_tokens(request, overlap) * runner.prefill_s
+        lease.alone = not server.reading_s
+        if server.reading_s:
+            for other in server.loaded.values():
+                for beside in other.leases.values():
+                    beside.alone = beside.alone and not beside.reads_s
         server.reading_s += lease.reads_s
         run_s = server.reading_s + demand.output_tokens(request) * runner.token_s
         lease.ends = now + runner.load_left_s(now) + run_s
@@ -352,7 +360,9 @@ class Policy(Scheduler):
             return
         assert request.worker is not None
         runner = self._runner(request.worker, request.engine, request.digest)
-        self._has_read(runner.server, runner.leases[request.rid])
+        lease = runner.leases[request.rid]
+        lease.started = True
+        self._has_read(runner.server, lease)
         if runner.loading == request.rid:
             self._has_loaded(runner, now)
 
@@ -372,6 +382,8 @@ class Policy(Scheduler):
             if stats is None and not runner.leases:
                 self._set_loaded(runner, False)  # as far as is known; its engine will say
             self._has_loaded(runner, now)
+        if runner.leaving and not runner.leases:
+            self._set_loaded(runner, False)
         self._running[lease.client] -= 1
         if not self._running[lease.client]:
             del self._running[lease.client]
@@ -458,6 +470,7 @@ class Policy(Scheduler):
             worker = runner.server.worker
             if (
                 runner.variant != submit.variant
+                or runner.leaving
                 or not worker.available(now)
                 or runner.server.drains(now)
                 or worker.name in avoided
@@ -731,9 +744,31 @@ class Policy(Scheduler):
         server.reading_s = max(0.0, server.reading_s - lease.reads_s) if server.running > 1 else 0.0
         lease.reads_s = 0.0
 
+    def _loads(self, runner: Runner, rid: bytes, now: float) -> None:
+        """Its engine loads it now for that request, and unloads others: the idle first, then those used longest ago."""
+        server = runner.server
+        self._prefixes.forget(runner)
+        self._set_loaded(runner, True)
+        runner.since = now
+        if server.loading is None:
+            runner.loading, server.loading = rid, runner
+        size, count = sum(other.size for other in server.loaded.values()), len(server.loaded)
+        others = [other for other in server.loaded.values() if other is not runner]
+        for other in sorted(others, key=lambda other: (len(other.leases) > 0, other.used)):
+            if server.fits(size, count):
+                break
+            size -= other.size
+            count -= 1
+            if other.leases:
+                other.leaving = True
+            else:
+                self._set_loaded(other, False)
+
     def _has_loaded(self, runner: Runner, now: float) -> None:
         server = runner.server
         runner.loading, server.loading = b"", None
+        for other in server.loaded.values():
+            other.leaving = False
         if runner.loaded:
             runner.since = now
             # What is busy was not unloaded for it.
@@ -746,6 +781,7 @@ class Policy(Scheduler):
 
     def _set_loaded(self, runner: Runner, loaded: bool) -> None:
         runner.loaded = loaded
+        runner.leaving = False
         if loaded:
             runner.server.loaded[runner.digest] = runner
         else:
@@ -815,33 +851,41 @@ class Policy(Scheduler):
         """What a worker says of an engine."""
         server = self._server(worker, engine.url)
         server.worker, server.models_max, server.memory = worker, engine.models_max, float(engine.memory_bytes)
-        before = set(server.loaded)
         names: dict[str, set[str]] = {}
-        told: dict[str, int] = {}
+        told = {model.digest: model.size_bytes for model in engine.models if engine.up and model.resident}
+        server.holds = max(server.holds, float(sum(told.values())))
+        lost: list[Runner] = []
         for model in engine.models if engine.up else ():
             runner = self._runner(worker, engine.url, model.digest, model.slots, model.size_bytes)
             runner.slots, runner.size = model.slots, model.size_bytes
             runner.rates.resize(model.size_bytes)
             names.setdefault(model.digest, set()).add(model.name)
             if model.resident:
-                told[model.digest] = model.size_bytes
-                if not runner.loaded:
+                if not runner.loaded and self._stays(runner):
                     runner.since, runner.variant = now, ""
                     self._set_loaded(runner, True)
-            elif runner.loaded and not runner.leases and now - runner.used > BELIEF_S:
+            elif runner.loaded and not runner.loading and not any(one.started for one in runner.leases.values()):
                 self._set_loaded(runner, False)
+                lost.append(runner)
         for digest, runner in list(server.runners.items()):
             if digest in names:
                 self._name(runner, frozenset(names[digest]), now)
             else:
                 self._drop(runner)
-        holds = float(sum(told.values()))
-        server.holds = max(server.holds, holds)
-        lost = sum(server.runners[digest].size for digest in before - set(server.loaded) if digest in server.runners)
-        if lost and any(now - runner.since < 2 * BELIEF_S for runner in server.loaded.values()):
+        if lost and any(now - runner.since < BLAMED_S for runner in server.loaded.values()):
             # Something was unloaded for what was loaded a moment ago: together they were too much.
-            server.bursts = max(server.holds + 1, min(server.bursts, holds + lost))
+            together = sum(told.values()) + sum(runner.size for runner in lost)
+            server.bursts = max(server.holds + 1, min(server.bursts, float(together)))
+        for runner in lost:
+            if runner.leases:  # they wait in the engine until it is loaded again
+                self._loads(runner, next(iter(runner.leases)), now)
         server.refresh()
+
+    def _stays(self, runner: Runner) -> bool:
+        """Whether what is said to be loaded, and was not believed to be, is not just about to be unloaded."""
+        loaded = runner.server.loaded.values()
+        size = runner.size + sum(other.size for other in loaded)
+        return runner.server.loading is None or runner.server.fits(size, len(loaded) + 1)
 
     def _learn(self, demand: Demand, runner: Runner, request: Request, lease: Lease, stats: Stats) -> float:
         """Calibrate by what the engine says of a request; what it cost, in tokens."""
@@ -851,9 +895,9 @@ class Policy(Scheduler):
         rates.saw_tokens(stats.completion_tokens, stats.completion_ns, (lease.beside + runner.server.running) / 2)
         overlap = min(lease.overlap * demand.tokens_per_byte.of(TOKENS_PER_BYTE), stats.prompt_tokens)
         if stats.prompt_tokens:
-            if overlap <= OVERLAP_SMALL * stats.prompt_tokens:
+            if overlap <= OVERLAP_SMALL * stats.prompt_tokens and (lease.alone or not rates.read):
                 rates.saw_prefill(int(stats.prompt_tokens - overlap), stats.prompt_ns)
-            elif overlap > OVERLAP_TOKENS_MIN:
+            elif overlap > OVERLAP_TOKENS_MIN and lease.alone:
                 between = rates.prefill_s(stats.prompt_tokens - overlap / 2)
                 if stats.prompt_ns * NS > between:
                     self._prefixes.missed(runner)

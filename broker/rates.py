@@ -110,6 +110,11 @@ class Rates:
             return tokens * self._prefill.value
         return tokens * self._scaled(self.size / PREFILL_BYTES_PER_S, self._engine.prefill, self._fleet.prefill)
 
+    @property
+    def read(self) -> bool:
+        """Whether it was seen reading."""
+        return self._prefill.n > 0
+
     def load_s(self) -> float:
         """Seconds until the model is in memory."""
         if self._load.n:
