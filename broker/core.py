@@ -113,6 +113,8 @@ if TYPE_CHECKING:
 POSITIONS_INTERVAL_S: Final = 2.0
 POSITIONS_MAX: Final = 500
 """Positions told in one tick: recounting and telling all of 10,000 stalls the broker for 7 ms."""
+UNACKNOWLEDGED_S: Final = 5.0
+"""How often ended requests are looked through for those whose gateway does not acknowledge."""
 RETRY_AFTER_MS: Final = 5_000
 RETRY_AFTER_MS_MIN: Final = 1_000
 RETRY_AFTER_MS_MAX: Final = 60_000
@@ -158,6 +160,7 @@ class BrokerCore:
         self._ticked = now
         self._next_beat = now
         self._next_positions = now + POSITIONS_INTERVAL_S
+        self._next_unacknowledged = now
         self._fleet_told: tuple[tuple[str, ...], int] = ((), 0)
         self._out: list[Effect] = []
         self._from_gateway: dict[type, Callable[[Gateway, Any, bytes, float], None]] = {
@@ -283,9 +286,11 @@ class BrokerCore:
             for gateway in self.state.gateways.values():
                 self._send(Side.GATEWAY, gateway.peer, Beat())
             self._end_unserved(now)
-            for request in [r for r in self.state.requests.values() if r.phase is Phase.ENDED and r.expires is None]:
-                if now - request.told > self.settings.ack_s:
-                    self._forget(request, now)
+            if now >= self._next_unacknowledged:
+                self._next_unacknowledged = now + min(self.settings.ack_s, UNACKNOWLEDGED_S)
+                for request in [r for r in self.state.requests.values() if r.phase is Phase.ENDED and not r.expires]:
+                    if now - request.told > self.settings.ack_s:
+                        self._forget(request, now)
             if len(self._timers) > 3 * len(self.state.requests) + TIMERS_SLACK:
                 requests = self.state.requests.values()
                 timers = {(at, r.rid) for r in requests for at in (r.deadline, r.expires, r.claim_by) if at is not None}
@@ -518,8 +523,9 @@ class BrokerCore:
         self._tell_again(request)
 
     def _set_timers(self, request: Request, submit: Submit, now: float) -> None:
-        request.deadline = None if submit.deadline_ms is None else now + submit.deadline_ms / 1000
-        if request.deadline is not None:
+        if request.deadline is None and submit.deadline_ms is not None:
+            # Said again it is the same: what remains of it. It has its place in the line by the first.
+            request.deadline = now + submit.deadline_ms / 1000
             heapq.heappush(self._timers, (request.deadline, request.rid))
         away_ms = submit.absent_ms
         self._expire(request, None if away_ms is None else now + max(0, submit.grace_ms - away_ms) / 1000)
@@ -1172,9 +1178,8 @@ class BrokerCore:
             self._served[model] = now
         for model in [m for m, seen in self._served.items() if now - seen > self.settings.unserved_s]:
             del self._served[model]
-        waiting = list(self.scheduler)
-        hopeless = {model for model in {r.submit.model for r in waiting} if not self._hoped_for(model, now)}
-        for request in waiting:
+        hopeless = {model for model in self.scheduler.models() if not self._hoped_for(model, now)}
+        for request in list(self.scheduler) if hopeless else ():
             if request.submit.model in hopeless:
                 self._unqueue(request)
                 self._tell(request, self._unserved(request.rid, request.submit.model, request.attempt))

@@ -28,7 +28,7 @@ A decision looks at each loaded runner of one model once, and where none is free
 something may have changed are `_dirty`; others are not looked at, but for once every LOOK_S, as estimates change.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -105,7 +105,7 @@ class Runner:
     demands: "list[Demand]" = field(default_factory=list)
     names: frozenset[str] = frozenset()
     loaded: bool = False
-    variant: str = ""
+    variant: str | None = None
     since: float = -inf
     used: float = -inf
     loading: bytes = b""
@@ -115,6 +115,10 @@ class Runner:
     token_s: float = 0.0
     full_token_s: float = 0.0
     prefill_s: float = 0.0
+
+    def serves(self, variant: str) -> bool:
+        """Whether it is loaded with these options; with which it was loaded before it was seen nobody knows."""
+        return self.loaded and self.variant in (None, variant)
 
     def free_in(self, now: float) -> float:
         """Seconds until a slot is free."""
@@ -328,10 +332,11 @@ class Policy(Scheduler):
         demand = self._demand(submit.model, now)
         runner = self._runner(request.worker, request.engine, request.digest)
         server = runner.server
-        loads = not runner.loaded or runner.variant != submit.variant
+        loads = not runner.serves(submit.variant)
         if loads:
-            runner.variant = submit.variant
             self._loads(runner, request.rid, now)
+        if loads or submit.variant:
+            runner.variant = submit.variant
         overlap = self._prefixes.overlap(runner, submit.prefix)
         cost = demand.cost(request, overlap)
         lease = Lease(submit.client, cost, now, overlap, server.running, loads)
@@ -469,7 +474,7 @@ class Policy(Scheduler):
         for runner in demand.loaded:
             worker = runner.server.worker
             if (
-                runner.variant != submit.variant
+                not runner.serves(submit.variant)
                 or runner.leaving
                 or not worker.available(now)
                 or runner.server.drains(now)
@@ -546,11 +551,12 @@ class Policy(Scheduler):
     def _load(self, demand: Demand, entry: Entry, busy: Option | None, avoided: set[str], now: float) -> Option | None:
         """Where to load the model, if that is better than waiting."""
         submit = entry.request.submit
-        special = bool(avoided or self._rules or submit.variant)
+        concerned = self._rules.concern(submit.model, submit.client)
+        special = bool(avoided) or concerned or not all(one.serves(submit.variant) for one in demand.loaded)
         best_gain, best = 0.0, None
         for runner in demand.runners:
             server = runner.server
-            if runner.size > server.room or (runner.loaded and (runner.leases or runner.variant == submit.variant)):
+            if runner.size > server.room or (runner.loaded and (runner.leases or runner.serves(submit.variant))):
                 continue
             worker = server.worker
             if (
@@ -709,6 +715,9 @@ class Policy(Scheduler):
     def next_deadline(self) -> float:
         return self._look_at if self._waiting else inf
 
+    def models(self) -> Collection[str]:
+        return {*self._beside.models(), *(name for name, demand in self._demands.items() if len(demand.line))}
+
     def __iter__(self) -> Iterator[Request]:
         yield from self._beside
         for demand in self._demands.values():
@@ -862,7 +871,7 @@ class Policy(Scheduler):
             names.setdefault(model.digest, set()).add(model.name)
             if model.resident:
                 if not runner.loaded and self._stays(runner):
-                    runner.since, runner.variant = now, ""
+                    runner.since, runner.variant = now, None
                     self._set_loaded(runner, True)
             elif runner.loaded and not runner.loading and not any(one.started for one in runner.leases.values()):
                 self._set_loaded(runner, False)

@@ -52,8 +52,16 @@ class Rules:
 
     def allow(self, model: str, client: str, worker: "Worker") -> bool:
         """Whether that client's request for that model may run there."""
-        if not self._rules:
-            return True
+        return not self or all(
+            (rule.label in worker.labels or rule.label == f"host={worker.name}") == rule.wanted
+            for rule in self._that_match(model, client)
+        )
+
+    def concern(self, model: str, client: str) -> bool:
+        """Whether there is a rule for that client's requests for that model."""
+        return bool(self and self._that_match(model, client))
+
+    def _that_match(self, model: str, client: str) -> list[Rule]:
         key = model, client
         matching = self._matching.get(key)
         if matching is None:
@@ -62,6 +70,4 @@ class Rules:
             matching = self._matching[key] = [
                 rule for rule in self._rules if fnmatchcase(model if rule.kind == "model" else client, rule.pattern)
             ]
-        return all(
-            (rule.label in worker.labels or rule.label == f"host={worker.name}") == rule.wanted for rule in matching
-        )
+        return matching

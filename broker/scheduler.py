@@ -5,7 +5,7 @@ now: a request leaves the queue for a free slot, never for a promise.
 """
 
 from bisect import bisect, bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import Protocol
@@ -81,6 +81,9 @@ class Scheduler(Protocol):
     def next_deadline(self) -> float:
         """When `place` may find something though nothing was told; inf: never."""
 
+    def models(self) -> Collection[str]:
+        """For which something waits."""
+
     def __iter__(self) -> Iterator[Request]:
         """All waiting requests."""
 
@@ -152,6 +155,9 @@ class WarmFirst:
 
     def next_deadline(self) -> float:
         return inf
+
+    def models(self) -> Collection[str]:
+        return {model for model, _ in self._queues}
 
     def __iter__(self) -> Iterator[Request]:
         return (request for queue in self._queues.values() for _, _, request in queue)

@@ -126,7 +126,7 @@ def test_an_unacknowledged_terminal_is_let_go_after_ack_s(h: Harness) -> None:
     assign = running(h)
     h.end(assign.rid, assign.attempt)
     h.sent(b"w1")
-    h.wait(61, beating=[b"g1", b"w1"])
+    h.wait(61 + core.UNACKNOWLEDGED_S, beating=[b"g1", b"w1"])
     assert h.told(Release, b"w1") == [Release(rid=assign.rid)]
     assert h.empty
 

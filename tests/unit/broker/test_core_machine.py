@@ -8,7 +8,8 @@ and what the peers hear is held against the promises:
 - a chunk goes only to the gateway of its request, and the client gets every event once, in order, each following from
   all those before: whichever worker sends it has the same events below;
 - every request gets one terminal, and what ends with `end` is complete;
-- a worker never gets an assign beyond its slots; requests of a model are leased in the order they came;
+- a worker never gets an assign beyond its slots, but for leases about which the broker has not decided yet; requests
+  of a model are leased in the order they came;
 - at the end, when everyone is back and time has passed, every request has its terminal and nothing is kept of any.
 """
 
@@ -23,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from broker.core import TIMERS_SLACK
 from broker.events import Effect, Forward, Overflowed, Received, Send, Side, Unreachable
-from broker.order import PATIENCE_S
+from broker.order import AGES_S, PATIENCE_S, PRIORITIES
 from broker.state import Phase, Request
 from common import protocol
 from common.errors import Code
@@ -396,7 +397,8 @@ class Fabric(RuleBasedStateMachine):
         core = self.h.core
         waiting = [r for r in core.state.requests.values() if r.phase is Phase.QUEUED]
         request = core.state.requests.get(assign.rid)
-        if request is not None and request.attempt == assign.attempt:
+        fresh = request is not None and self.h.now - request.accepted < AGES_S[PRIORITIES["normal"]]
+        if request is not None and request.attempt == assign.attempt and fresh:
             behind = [r for r in waiting if r.submit.model == assign.model and r.submit.client == request.submit.client]
             assert all(_turn(r) > _turn(request) for r in behind), "out of turn"
         assert not worker.draining
@@ -409,8 +411,13 @@ class Fabric(RuleBasedStateMachine):
         events = payload[assign.body_bytes :].splitlines(keepends=True) if assign.start else []
         assert len(events) == assign.start
         assert payload.startswith(BODY)
+        beside = [(rid, work) for rid, work in worker.running() if work.assign.digest == assign.digest]
+        taken = [rid for rid, work in beside if rid != assign.rid and not core._window.waits(rid, work.attempt)]
+        assert len(taken) < worker.slots
+        if len(beside) >= worker.slots:  # it runs what is disputed, too
+            self.later(worker.peer, Refused(rid=assign.rid, attempt=assign.attempt, reason="no"))
+            return
         worker.leases[assign.rid] = Work(assign, events)
-        assert sum(work.assign.digest == assign.digest for _, work in worker.running()) <= worker.slots
 
     def replay(self, worker: FakeWorker, message: Replay) -> None:
         work = worker.leases.get(message.rid)
