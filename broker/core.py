@@ -102,6 +102,7 @@ from common.protocol import (
     Want,
     Who,
     attempt_of,
+    names_engine,
     ordinal_of,
     short_name,
 )
@@ -145,7 +146,8 @@ class BrokerCore:
     def __init__(self, settings: BrokerSettings, *, nonce: int, now: float, scheduler: Scheduler | None = None) -> None:
         self.settings = settings
         self.state = State()
-        self.scheduler: Scheduler = Policy(Rules(settings.rules)) if scheduler is None else scheduler
+        self._rules = Rules(settings.rules)
+        self.scheduler: Scheduler = Policy(self._rules) if scheduler is None else scheduler
         self.garbled = 0
         self._nonce = nonce
         self._window = Window(settings.recover_s, nonce, now)
@@ -154,6 +156,7 @@ class BrokerCore:
         self._superseded: dict[str, None] = {}
         self._client_waiting: dict[str, int] = {}
         self._served: dict[str, float] = {}
+        self._allowed: dict[tuple[str, str], float] = {}  # of what waits, when a host last was one that rules allow
         self._accepted = -inf
         self._timers: list[tuple[float, bytes]] = []
         self._kept: dict[bytes, None] = {}  # acknowledged requests that clients can resume, oldest first
@@ -1184,6 +1187,23 @@ class BrokerCore:
                 self._unqueue(request)
                 self._tell(request, self._unserved(request.rid, request.submit.model, request.attempt))
                 self._forget(request, now)
+        if self.settings.rules:
+            self._end_barred(now)
+
+    def _end_barred(self, now: float) -> None:
+        """Give up on requests to which the rules have left no host for too long."""
+        before, self._allowed = self._allowed, {}
+        for request in list(self.scheduler):
+            model, client = request.submit.model, request.submit.client
+            if request.submit.light or names_engine(model):
+                continue
+            if (model, client) not in self._allowed:
+                offers = self.state.offers(model)
+                some = not offers or any(self._rules.allow(model, client, worker) for worker, _, _ in offers)
+                self._allowed[model, client] = now if some else before.get((model, client), request.accepted)
+            if now - self._allowed[model, client] > self.settings.unserved_s:
+                text = f"no host that the broker's rules allow has {short_name(model)!r}"
+                self._stop(request, Code.NO_WORKERS, text, now)
 
     # Telling ----------------------------------------------------------------------------------------------------------
 
@@ -1284,6 +1304,7 @@ class BrokerCore:
                         events=request.events,
                         position=waits.position if waits else 0,
                         eta_ms=int(waits.eta_s * 1000) if waits and waits.eta_s is not None else None,
+                        priority=request.submit.priority,
                     )
                 )
         return tuple(jobs)

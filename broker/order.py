@@ -21,7 +21,7 @@ Adding, removing and finding the next cost O(log clients).
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from math import ceil, sqrt
@@ -60,6 +60,8 @@ class Entry:
     """What it counts among those that wait: the more of its client wait already, the less."""
     patient_until: float = 0.0
     """Until then it may wait for a host that is warm for it, once that was decided."""
+    kind: Hashable = None
+    """Where there is no room for one there is none for others of its kind."""
 
     @property
     def key(self) -> tuple[float, float, bytes]:
@@ -102,6 +104,7 @@ class Line:
         self._counts = [0, 0, 0]
         self._arrivals = Arrivals()
         self._served = 0.0  # where a client begins
+        self._running = 0
         self._dearest = 0.0  # the most that a request was charged, by weight
         self.cost = 1.0
         """What a waiting request costs on average, in tokens."""
@@ -117,7 +120,7 @@ class Line:
     @property
     def idle(self) -> bool:
         """Nobody waits or runs."""
-        return not self._entries and not any(client.running for client in self._clients.values())
+        return not self._entries and not self._running
 
     def add(self, request: Request, cost: float, now: float) -> Entry:
         """A request waits. `cost` in tokens."""
@@ -165,16 +168,19 @@ class Line:
         if client is None:
             client = self._clients[name] = Client(name, weight, self._served)
         client.running += 1
+        self._running += 1
         self._dearest = max(self._dearest, cost / client.weight)
         self._serve(client, max(client.served, self._served - LAG_DEAREST * self._dearest))
         self._served = max(self._served, client.served)
-        self._charge(client, cost)
+        self._serve(client, client.served + cost / client.weight)
 
-    def end(self, name: str, correction: float) -> None:
-        """It has ended, and cost so much more (or less) than was charged."""
+    def end(self, name: str, charged: float, spent: float) -> None:
+        """It has ended, and has cost so much instead of what it was charged."""
         client = self._clients[name]
         client.running -= 1
-        self._charge(client, correction)
+        self._serve(client, client.served + (spent - charged) / client.weight)
+        self._served += spent / client.weight / (self._running + sum(map(len, self._waiting)))
+        self._running -= 1
 
     def candidates(self, now: float, admits: Callable[[str], bool]) -> Generator[Entry]:
         """The first waiting request of each client that `admits` lets through, whose turn it is first."""
@@ -286,11 +292,6 @@ class Line:
     def _turn_of(self, client: Client, rank: int) -> Turn:
         due, accepted, rid, entry = client.queues[rank][0]
         return client.served, due, accepted, rid, next(self._number), entry
-
-    def _charge(self, client: Client, tokens: float) -> None:
-        more = tokens / client.weight
-        self._served += more / len(self._clients)
-        self._serve(client, client.served + more)
 
     def _serve(self, client: Client, served: float) -> None:
         """Its counter stands there now."""

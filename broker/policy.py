@@ -28,7 +28,8 @@ A decision looks at each loaded runner of one model once, and where none is free
 something may have changed are `_dirty`; others are not looked at, but for once every LOOK_S, as estimates change.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -41,10 +42,12 @@ from broker.rates import LOAD_S_MIN, NS, OUTPUT_TOKENS, PROMPT_TOKENS, TOKENS_PE
 from broker.rules import Rules
 from broker.scheduler import Outlook, Placement, Scheduler, WarmFirst
 from broker.state import Request, State, Worker
-from common.protocol import Engine, Stats, names_engine
+from common.protocol import Engine, Stats, Submit, names_engine
 
 CANDIDATES_MAX: Final = 4
 """Requests of a line that are looked at while those before them wait for a host that is warm for them."""
+KINDS_LOOK_MAX: Final = 64
+"""Requests that are passed over because there was no room for one of their kind, to find one of another."""
 AFFINITY_S_MAX: Final = 20.0
 RESIDENT_LOADS: Final = 3.0
 STARVING_S: Final = 15.0
@@ -59,6 +62,8 @@ EVICTION_FACTOR: Final = 2.0
 """What is unloaded will be loaded again, where it drives out another."""
 NOWHERE_S: Final = 1e6
 """What it is worth to load a model that is loaded nowhere."""
+SPILL_S: Final = 1e4
+"""What it is worth to load a model where it fits rather than where it doesn't."""
 MEMORY_FACTOR: Final = 1.1
 MODEL_MEMORY_BYTES: Final = 5e8
 """What a model takes in memory beside its size on disk: caches, and what is computed."""
@@ -66,7 +71,7 @@ BLAMED_S: Final = 12.0
 """What is seen to be unloaded so soon after a load was unloaded for it."""
 LOOK_S: Final = 1.0
 OVERLAP_SMALL: Final = 0.2
-"""The share of a prompt up to which it doesn't matter much whether it was there: it tells how fast the rest was read."""
+"""The share of a prompt up to which it hardly matters whether it was there: it tells how fast the rest was read."""
 OVERLAP_TOKENS_MIN: Final = 256
 """Of less it can't be seen whether it was read from the cache."""
 
@@ -115,6 +120,11 @@ class Runner:
     token_s: float = 0.0
     full_token_s: float = 0.0
     prefill_s: float = 0.0
+
+    @property
+    def writes(self) -> bool:
+        """Whether it answers somebody: then it is in memory."""
+        return any(lease.started for lease in self.leases.values())
 
     def serves(self, variant: str) -> bool:
         """Whether it is loaded with these options; with which it was loaded before it was seen nobody knows."""
@@ -168,6 +178,11 @@ class Server:
             return size * MEMORY_FACTOR + MODEL_MEMORY_BYTES * count <= self.memory
         return size < self.bursts
 
+    def spills_s(self, runner: Runner) -> float:
+        """What it costs that a model is larger than the memory, so that the CPU has to run a part of it."""
+        needed = runner.size * MEMORY_FACTOR + MODEL_MEMORY_BYTES
+        return SPILL_S if 0 < self.memory < needed else 0.0
+
     def drains(self, now: float) -> bool:
         """Whether it takes nothing, so that it becomes idle."""
         return self.drains_for is not None and self.drains_until > now
@@ -188,7 +203,8 @@ class Server:
         elif not count:
             self.room = inf
         elif self.memory:
-            self.room = (self.memory - MODEL_MEMORY_BYTES * (count + 1)) / MEMORY_FACTOR - busy
+            room = (self.memory - MODEL_MEMORY_BYTES * (count + 1)) / MEMORY_FACTOR
+            self.room = max(room, self.holds) - busy
         else:
             self.room = max(self.holds, self.bursts - 1) - busy
 
@@ -214,6 +230,8 @@ class Demand:
     wants_load: bool = False
     better_at: float = -inf
     drains: Server | None = None
+    kinds: Counter[Hashable] = field(default_factory=Counter)
+    """Of those that wait: what decides on which hosts they may run."""
 
     def prompt_tokens(self, request: Request, overlap: int = 0) -> float:
         """What of its prompt is to be read where so many bytes of it were read before."""
@@ -309,6 +327,8 @@ class Policy(Scheduler):
         self._waiting += 1
         was_empty = not len(demand.line)
         entry = demand.line.add(request, demand.cost(request, 0), now)
+        entry.kind = self._rules.matching(submit.model, submit.client), submit.variant, tuple(sorted(request.failed_on))
+        demand.kinds[entry.kind] += 1
         if not request.failures:
             demand.arrivals.add(now, entry.share)
         if was_empty or demand.line.is_first(entry):
@@ -320,9 +340,15 @@ class Policy(Scheduler):
             return
         self._doomed.pop(request.rid, None)
         demand = self._demands[request.submit.model]
-        demand.line.discard(request)
+        entry = demand.line.discard(request)
+        demand.kinds[entry.kind] -= 1
+        if not demand.kinds[entry.kind]:
+            del demand.kinds[entry.kind]
         self._waiting -= 1
         self._touch(demand)  # the next one may be another case
+        if not len(demand.line):
+            self._end_drain(demand)
+            self._tidy(demand)
 
     def begun(self, request: Request, now: float) -> None:
         if _beside(request):
@@ -341,6 +367,7 @@ class Policy(Scheduler):
         cost = demand.cost(request, overlap)
         lease = Lease(submit.client, cost, now, overlap, server.running, loads)
         runner.leases[request.rid] = lease
+        token_s = runner.rates.token_s(server.running)
         server.running += 1
         server.refresh()
         lease.reads_s = demand.prompt_tokens(request, overlap) * runner.prefill_s
@@ -350,7 +377,7 @@ class Policy(Scheduler):
                 for beside in other.leases.values():
                     beside.alone = beside.alone and not beside.reads_s
         server.reading_s += lease.reads_s
-        run_s = server.reading_s + demand.output_tokens(request) * runner.token_s
+        run_s = server.reading_s + demand.output_tokens(request) * token_s
         lease.ends = now + runner.load_left_s(now) + run_s
         runner.used = now
         self._prefixes.remember(runner, submit.prefix)
@@ -368,7 +395,7 @@ class Policy(Scheduler):
         lease = runner.leases[request.rid]
         lease.started = True
         self._has_read(runner.server, lease)
-        if runner.loading == request.rid:
+        if runner.loading:
             self._has_loaded(runner, now)
 
     def ended(self, request: Request, stats: Stats | None, now: float) -> None:
@@ -384,9 +411,12 @@ class Policy(Scheduler):
         server.running -= 1
         runner.used = now
         if runner.loading == request.rid:
-            if stats is None and not runner.leases:
-                self._set_loaded(runner, False)  # as far as is known; its engine will say
-            self._has_loaded(runner, now)
+            if stats is None and runner.leases:
+                runner.loading = next(iter(runner.leases))
+            else:
+                if stats is None:
+                    self._set_loaded(runner, False)  # as far as is known; its engine will say
+                self._has_loaded(runner, now)
         if runner.leaving and not runner.leases:
             self._set_loaded(runner, False)
         self._running[lease.client] -= 1
@@ -397,7 +427,8 @@ class Policy(Scheduler):
             spent = self._learn(demand, runner, request, lease, stats)
         elif not request.events:
             spent = 0.0
-        demand.line.end(lease.client, spent - lease.cost)
+        demand.line.end(lease.client, lease.cost, spent)
+        self._tidy(demand)
         server.refresh()
         if lease.client in self._running_max:
             self._touch_all()
@@ -407,6 +438,8 @@ class Policy(Scheduler):
             self._look_for_loads(server)
             if not runner.names:
                 self._drop(runner)
+                if not server.runners and server.url not in server.worker.engines:
+                    del self._servers[server.worker.name, server.url]
 
     def worker_changed(self, worker: Worker, now: float) -> None:
         for engine in worker.engines.values():
@@ -452,13 +485,23 @@ class Policy(Scheduler):
             return self._admits(client) and not demand.line.hogs(client, demand.slots, service_s, now)
 
         with closing(demand.line.candidates(now, admits)) as candidates:
-            for entry in islice(candidates, CANDIDATES_MAX):
+            waiting = 0
+            full: set[Hashable] = set()
+            for entry in islice(candidates, KINDS_LOOK_MAX):
+                if entry.kind in full:
+                    continue
                 option = self._choose(demand, entry, now)
                 if option is None:
-                    return None  # there is no room for this one, so for none
-                if option.wait_s <= 0:
+                    full.add(entry.kind)
+                    if len(full) == len(demand.kinds):
+                        break
+                elif option.wait_s <= 0:
                     server = option.runner.server
                     return Placement(entry.request, server.worker, server.url, option.runner.digest)
+                else:
+                    waiting += 1
+                    if waiting == CANDIDATES_MAX:
+                        break
         return None
 
     def _choose(self, demand: Demand, entry: Entry, now: float) -> Option | None:
@@ -499,7 +542,7 @@ class Policy(Scheduler):
             self._doomed[request.rid] = request
             return busy or Option(next(iter(demand.runners)), inf, inf)
         if free is not None:
-            waits = self._patient(entry, free, busy, now)
+            waits = self._patient(demand, entry, free, busy, now)
             if waits is not None:
                 return waits
             if now >= demand.better_at:
@@ -510,20 +553,28 @@ class Policy(Scheduler):
 
     def _avoided(self, demand: Demand, request: Request, now: float) -> set[str]:
         """Where it failed, as long as there is another host, even a busy one: a broken host is always free."""
-        failed_on = request.failed_on
+        failed_on, submit = request.failed_on, request.submit
         if failed_on and any(
-            runner.server.worker.name not in failed_on and runner.server.worker.available(now)
-            for runner in demand.runners
+            worker.name not in failed_on
+            and worker.available(now)
+            and self._rules.allow(submit.model, submit.client, worker)
+            for worker in (runner.server.worker for runner in demand.runners)
         ):
             return failed_on
         return set()
 
-    def _patient(self, entry: Entry, free: Option, busy: Option | None, now: float) -> Option | None:
+    def _patient(self, demand: Demand, entry: Entry, free: Option, busy: Option | None, now: float) -> Option | None:
         """A busy runner that is worth waiting for though another is free."""
         if busy is None or busy.finish_s >= free.finish_s:
             return None
         if free.runner.loading:
             return busy  # nothing is lost as long as it isn't loaded
+        prefix = entry.request.submit.prefix
+        if self._prefixes.overlap(busy.runner, prefix) <= self._prefixes.overlap(free.runner, prefix):
+            # It is just faster, and that for only so many of those that wait.
+            each_s = demand.service_s(busy.runner) / busy.runner.slots
+            if busy.finish_s + (len(demand.line) - 1) * each_s >= free.finish_s:
+                return None
         if not entry.patient_until:
             entry.patient_until = now + min(free.finish_s - (busy.finish_s - busy.wait_s), AFFINITY_S_MAX)
         if now + busy.wait_s > entry.patient_until:
@@ -551,8 +602,8 @@ class Policy(Scheduler):
     def _load(self, demand: Demand, entry: Entry, busy: Option | None, avoided: set[str], now: float) -> Option | None:
         """Where to load the model, if that is better than waiting."""
         submit = entry.request.submit
-        concerned = self._rules.concern(submit.model, submit.client)
-        special = bool(avoided) or concerned or not all(one.serves(submit.variant) for one in demand.loaded)
+        concerned = self._rules.matching(submit.model, submit.client)
+        special = bool(avoided or concerned) or not all(one.serves(submit.variant) for one in demand.loaded)
         best_gain, best = 0.0, None
         for runner in demand.runners:
             server = runner.server
@@ -581,7 +632,7 @@ class Policy(Scheduler):
         if best is None:
             demand.wants_load = True
             if busy is None and now - entry.request.accepted > STARVING_S:
-                self._drain_for(demand, now)
+                self._drain_for(demand, submit, avoided, now)
         return best
 
     def _gain_s(
@@ -609,9 +660,9 @@ class Policy(Scheduler):
         size = runner.size + sum(other.size for other in server.loaded.values())
         count = len(server.loaded) + 1
         if server.fits(size, count):
-            return 0.0, ROOM_S
+            return server.spills_s(runner), ROOM_S
         # Ollama unloads idle models until the new one fits; most likely those that were used least recently.
-        cost_s = back = 0.0
+        cost_s, back = server.spills_s(runner), 0.0
         idle = [other for other in server.loaded.values() if not other.leases]
         for victim in sorted(idle, key=lambda other: other.used):
             worth_s, again = self._worth(victim, now)
@@ -644,20 +695,27 @@ class Policy(Scheduler):
                 again += arrivals
         return cost_s, again
 
-    def _drain_for(self, demand: Demand, now: float) -> None:
+    def _drain_for(self, demand: Demand, submit: Submit, avoided: set[str], now: float) -> None:
         """Let the engine become idle on which that takes least, so that a model can be loaded there."""
         if demand.drains is not None and demand.drains.drains(now):
             return
         best_s, best = inf, None
         for runner in demand.runners:
             server = runner.server
-            if server.loading is not None or server.drains(now) or not server.worker.available(now):
+            if (
+                server.loading is not None
+                or server.drains(now)
+                or not server.worker.available(now)
+                or server.worker.name in avoided
+                or not self._rules.allow(submit.model, submit.client, server.worker)
+            ):
                 continue
             busy = [other for other in server.loaded.values() if other.leases]
             if any(now - other.since < RESIDENT_LOADS * other.rates.load_s() for other in busy):
                 continue
             idle_s = max((lease.ends - now for other in busy for lease in other.leases.values()), default=0.0)
             cost_s = max(0.0, idle_s) + runner.rates.load_s() + sum(other.rates.load_s() for other in busy)
+            cost_s += server.spills_s(runner)
             if cost_s < best_s:
                 best_s, best = cost_s, server
         if best is not None:
@@ -758,9 +816,9 @@ class Policy(Scheduler):
         server = runner.server
         self._prefixes.forget(runner)
         self._set_loaded(runner, True)
-        runner.since = now
+        runner.since, runner.loading = now, rid
         if server.loading is None:
-            runner.loading, server.loading = rid, runner
+            server.loading = runner
         size, count = sum(other.size for other in server.loaded.values()), len(server.loaded)
         others = [other for other in server.loaded.values() if other is not runner]
         for other in sorted(others, key=lambda other: (len(other.leases) > 0, other.used)):
@@ -775,13 +833,15 @@ class Policy(Scheduler):
 
     def _has_loaded(self, runner: Runner, now: float) -> None:
         server = runner.server
-        runner.loading, server.loading = b"", None
-        for other in server.loaded.values():
-            other.leaving = False
+        runner.loading = b""
+        server.loading = next((other for other in server.loaded.values() if other.loading), None)
+        if server.loading is None:
+            for other in server.loaded.values():
+                other.leaving = False
         if runner.loaded:
             runner.since = now
             # What is busy was not unloaded for it.
-            held = sum(other.size for other in server.loaded.values() if other is runner or other.leases)
+            held = sum(other.size for other in server.loaded.values() if other is runner or other.writes)
             server.holds = max(server.holds, held)
         server.refresh()
         for demand in runner.demands:
@@ -808,6 +868,11 @@ class Policy(Scheduler):
             demand = self._demands[name] = Demand(name)
         return demand
 
+    def _tidy(self, demand: Demand) -> None:
+        """Forget a model that is nowhere."""
+        if not demand.runners and demand.line.idle:
+            self._demands.pop(demand.name, None)
+
     def _server(self, worker: Worker, url: str) -> Server:
         key = worker.name, url
         server = self._servers.get(key)
@@ -832,8 +897,7 @@ class Policy(Scheduler):
             if demand.name not in names:
                 demand.runners.pop(runner, None)
                 demand.loaded.pop(runner, None)
-                if not demand.runners and demand.line.idle:
-                    del self._demands[demand.name]
+                self._tidy(demand)
         runner.names = names
         runner.demands = [self._demand(name, now) for name in sorted(names)]
         for demand in runner.demands:
@@ -851,6 +915,8 @@ class Policy(Scheduler):
     def _gone(self, key: tuple[str, str]) -> None:
         """An engine is no more; its leases may be ended later."""
         server = self._servers[key]
+        if server.drains_for is not None:
+            self._end_drain(server.drains_for)
         for runner in list(server.runners.values()):
             self._drop(runner)
         if not server.runners:
@@ -863,6 +929,8 @@ class Policy(Scheduler):
         names: dict[str, set[str]] = {}
         told = {model.digest: model.size_bytes for model in engine.models if engine.up and model.resident}
         server.holds = max(server.holds, float(sum(told.values())))
+        # A report from before the engine made room for what it loads now shows models that are there no more.
+        after = server.loading is None or server.loading.digest in told
         lost: list[Runner] = []
         for model in engine.models if engine.up else ():
             runner = self._runner(worker, engine.url, model.digest, model.slots, model.size_bytes)
@@ -870,10 +938,10 @@ class Policy(Scheduler):
             runner.rates.resize(model.size_bytes)
             names.setdefault(model.digest, set()).add(model.name)
             if model.resident:
-                if not runner.loaded and self._stays(runner):
+                if not runner.loaded and after:
                     runner.since, runner.variant = now, None
                     self._set_loaded(runner, True)
-            elif runner.loaded and not runner.loading and not any(one.started for one in runner.leases.values()):
+            elif runner.loaded and not runner.loading and not runner.writes:
                 self._set_loaded(runner, False)
                 lost.append(runner)
         for digest, runner in list(server.runners.items()):
@@ -889,12 +957,6 @@ class Policy(Scheduler):
             if runner.leases:  # they wait in the engine until it is loaded again
                 self._loads(runner, next(iter(runner.leases)), now)
         server.refresh()
-
-    def _stays(self, runner: Runner) -> bool:
-        """Whether what is said to be loaded, and was not believed to be, is not just about to be unloaded."""
-        loaded = runner.server.loaded.values()
-        size = runner.size + sum(other.size for other in loaded)
-        return runner.server.loading is None or runner.server.fits(size, len(loaded) + 1)
 
     def _learn(self, demand: Demand, runner: Runner, request: Request, lease: Lease, stats: Stats) -> float:
         """Calibrate by what the engine says of a request; what it cost, in tokens."""
@@ -916,7 +978,7 @@ class Policy(Scheduler):
             demand.prompt.add(stats.prompt_tokens - overlap)
             if submit.prompt_bytes:
                 demand.tokens_per_byte.add(stats.prompt_tokens / submit.prompt_bytes)
-        if stats.completion_tokens:
+        if stats.completion_tokens or submit.output_max == 0:  # nothing is written of what is embedded
             demand.output.add(stats.completion_tokens)
         return max(1.0, stats.prompt_tokens - overlap) + OUTPUT_WEIGHT * stats.completion_tokens
 

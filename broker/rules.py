@@ -45,29 +45,25 @@ class Rules:
 
     def __init__(self, rules: Sequence[str]) -> None:
         self._rules = [Rule.read(text) for text in rules]
-        self._matching: dict[tuple[str, str], list[Rule]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._rules)
+        self._matching: dict[tuple[str, str], tuple[Rule, ...]] = {}
 
     def allow(self, model: str, client: str, worker: "Worker") -> bool:
         """Whether that client's request for that model may run there."""
-        return not self or all(
+        return all(
             (rule.label in worker.labels or rule.label == f"host={worker.name}") == rule.wanted
-            for rule in self._that_match(model, client)
+            for rule in self.matching(model, client)
         )
 
-    def concern(self, model: str, client: str) -> bool:
-        """Whether there is a rule for that client's requests for that model."""
-        return bool(self and self._that_match(model, client))
-
-    def _that_match(self, model: str, client: str) -> list[Rule]:
+    def matching(self, model: str, client: str) -> tuple[Rule, ...]:
+        """Those that are for that client's requests for that model."""
+        if not self._rules:
+            return ()
         key = model, client
         matching = self._matching.get(key)
         if matching is None:
             if len(self._matching) >= CACHE_MAX:
                 self._matching.clear()
-            matching = self._matching[key] = [
+            matching = self._matching[key] = tuple(
                 rule for rule in self._rules if fnmatchcase(model if rule.kind == "model" else client, rule.pattern)
-            ]
+            )
         return matching

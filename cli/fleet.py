@@ -105,11 +105,14 @@ def hosts(
             engine.url.removeprefix("http://"),
             str(sum(host.busy.get(engine.url, {}).values())),
             "\n".join(_slots(host, engine, model) for model in engine.models) if engine.up else engine.error,
+            "\n".join(host.labels),
         ]
         for host in found
         for engine in host.engines or (Engine(url="-", kind="-", up=False, error="no engine"),)
     ]
-    print_table(["HOST", "STATE", "SEEN", "ENGINE", "AT", "BUSY", "MODELS (BUSY/SLOTS)"], rows)
+    headers = ["HOST", "STATE", "SEEN", "ENGINE", "AT", "BUSY", "MODELS (BUSY/SLOTS)", "LABELS"]
+    shown = len(headers) - (not any(host.labels for host in found))
+    print_table(headers[:shown], [row[:shown] for row in rows])
     return 0
 
 
@@ -216,9 +219,10 @@ def resume(
 
 
 def _standing(job: Job) -> str:
+    urgency = "" if job.priority == "normal" else f" ({job.priority})"
     if not job.position:
-        return job.state
-    return f"queued #{job.position}" + ("" if job.eta_ms is None else f", in {age(job.eta_ms)}")
+        return job.state + urgency
+    return f"queued #{job.position}{urgency}" + ("" if job.eta_ms is None else f", in {age(job.eta_ms)}")
 
 
 def _state(host: Host, engine: Engine) -> str:
@@ -227,7 +231,8 @@ def _state(host: Host, engine: Engine) -> str:
 
 def _slots(host: Host, engine: Engine, model: Model) -> str:
     busy = host.busy.get(engine.url, {}).get(model.digest, 0)
-    return f"{short_name(model.name)} {busy}/{model.slots}{' loaded' if model.resident else ''}"
+    state = " loaded" if model.resident else " loading" if busy else ""
+    return f"{short_name(model.name)} {busy}/{model.slots}{state}"
 
 
 def _host_json(host: Host) -> dict[str, Any]:
@@ -235,6 +240,7 @@ def _host_json(host: Host) -> dict[str, Any]:
         "name": host.name,
         "draining": host.draining,
         "kept": host.kept,
+        "labels": host.labels,
         "heartbeatAgeMs": host.beat_age_ms,
         "engines": [_engine_json(engine, Counter(host.busy.get(engine.url, {}))) for engine in host.engines],
     }
@@ -248,6 +254,8 @@ def _engine_json(engine: Engine, busy: Counter[str]) -> dict[str, Any]:
         "up": engine.up,
         "error": engine.error or None,
         "busy": busy.total(),
+        "memoryBytes": engine.memory_bytes or None,
+        "modelsMax": engine.models_max or None,
         "models": [
             {
                 "name": short_name(model.name),
@@ -273,6 +281,7 @@ def _job_json(job: Job) -> dict[str, Any]:
         "state": job.state,
         "position": job.position or None,
         "etaMs": job.eta_ms,
+        "priority": job.priority,
         "ageMs": job.age_ms,
         "host": job.worker or None,
         "engine": job.engine or None,

@@ -156,6 +156,21 @@ def writable_dir(path: Path) -> Path:
     return path
 
 
+def byte_count(text: str, what: str) -> int:
+    """How many bytes `24GiB`, `1.5 GB`, `500M` or a bare number are: 1024 based with an i, else 1000 based.
+
+    Raises:
+        UsageError: it isn't a number of bytes from 1 KiB to 1 EiB.
+    """
+    match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,9})?) ?(?:([kMGTP])(i?))?B?", text.strip(), re.ASCII)
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        count = int(float(match[1]) * base ** (" kMGTP".index(match[2] or " ")))
+        if 2**10 <= count <= 2**60:
+            return count
+    raise UsageError(f"{what} must be an amount of memory like 24GiB, not {text!r}")
+
+
 def host_port(text: str, what: str) -> tuple[str, int]:
     """Split HOST:PORT, with or without tcp:// or http:// before it.
 

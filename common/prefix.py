@@ -2,7 +2,8 @@
 
 An engine keeps what it computed for a prompt and reuses it for the next one that begins alike. So of two prompts it
 matters how far they agree from the start. A chain holds a hash of everything before each boundary: two chains agree up
-to the boundary before the first difference. Boundaries lie 512 bytes apart up to 32 KiB, then 10 % apart, up to 13 MiB.
+to the boundary before the first difference. Boundaries lie 512 bytes apart up to 32 KiB, then 10 % apart, up to
+13.9 MiB.
 
 The parts are what the client sent (system, tools, messages …), not the prompt that the engine renders from it: the
 template is on the hosts. As the same parts render alike, the order of their beginnings is the same.

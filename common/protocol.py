@@ -96,7 +96,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     name: Name
     digest: Name
-    slots: Count = 1
+    slots: Annotated[int, msgspec.Meta(ge=1, le=COUNT_MAX)] = 1
     size_bytes: Count = 0
     embedding: bool = False
     resident: bool = False
@@ -441,6 +441,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     events: int = 0
     position: int = 0
     eta_ms: int | None = None
+    priority: str = "normal"
 
 
 class Snapshot(Message, frozen=True):

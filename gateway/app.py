@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 import uvicorn
@@ -224,11 +225,13 @@ async def run(settings: GatewaySettings, stop: asyncio.Event, *, on_ready: Calla
     """Run a gateway until `stop`; `on_ready` hears the URL it listens on (`http://host:port`).
 
     Raises:
-        ProcessError: the port is taken or exposed, or the data dir can't be used.
+        ProcessError: the port is taken or exposed, or the data dir or the spool dir can't be used.
     """
     host, port = host_port(settings.listen, "--listen")
     refuse_exposed([settings.listen], insecure=settings.insecure)
     data_dir = writable_dir(settings.data_dir or default_data_dir())
+    if settings.spool_dir is not None and not os.access(settings.spool_dir, os.W_OK | os.X_OK):
+        raise ProcessError(f"spool_dir of [gateway], {settings.spool_dir}, is no folder that can be written.")
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(contextlib.closing(Store.open(data_dir)))
         try:

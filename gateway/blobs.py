@@ -19,7 +19,7 @@ from common.errors import Code, FabricError
 from gateway.exchange import Ending, answer, attended, check_length, fill
 from gateway.http_api import OLLAMA, Endpoint, HttpApi
 from gateway.operations import DISK_RESERVE_BYTES, Choice, Operation, Target, choose, write_down
-from gateway.spool import Spool
+from gateway.spool import SPOOL_AT, Spool
 from gateway.store import Scope, Store
 from gateway.websocket import Services
 
@@ -88,6 +88,7 @@ class Blobs:
         """Have the file come, and send it to these engines."""
         bytes_max = self._services.settings.blob_bytes_max
         _check_room(targets, check_length(scope, bytes_max, self._api.spools))
+        ending.hold(SPOOL_AT)  # what is gathered for the next write
         spool = ending.own(Spool(self._api.spools, hashed=True))
         await attended(fill(spool, receive, bytes_max), ending)
         if spool.digest != digest:

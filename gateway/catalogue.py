@@ -108,6 +108,7 @@ def fabric_models(hosts: Iterable[Host], allowed: Allowed) -> dict[str, Any]:
                 "hosts": [
                     {
                         "host": host.name,
+                        "labels": host.labels,
                         "engine": engine.url,
                         "digest": model.digest,
                         "sizeBytes": model.size_bytes,

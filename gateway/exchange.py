@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 from common.errors import Code, FabricError
 from common.logs import Log
 from common.ollama import NDJSON, SSE, document
-from common.protocol import BODY_BYTES_MAX, End, Failed
+from common.protocol import End, Failed
 from gateway.autopull import AutoPull, Waiter
 from gateway.dialects import RETRY_AFTER_S, STATUS, Dialect, status_of, words_of
 from gateway.hints import EVERYBODYS, NO_HINTS, Hints, Share
@@ -58,7 +58,7 @@ class Call:
     share: Share = EVERYBODYS
 
 
-async def read_body(receive: Receive, ending: "Ending") -> bytes:
+async def read_body(receive: Receive, ending: "Ending", bytes_max: int) -> bytes:
     """The whole body, in memory.
 
     Raises:
@@ -71,7 +71,7 @@ async def read_body(receive: Receive, ending: "Ending") -> bytes:
     while more:
         part, more = await _read(receive)
         size += len(part)
-        _check_size(size, BODY_BYTES_MAX)
+        _check_size(size, bytes_max)
         ending.hold(len(part))
         parts.append(part)
     return b"".join(parts)

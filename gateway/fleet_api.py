@@ -32,6 +32,8 @@ from gateway.operations import TELL_S, Choice, Operation, Target, choose, refuse
 from gateway.store import Scope, Store
 from gateway.websocket import Services
 
+REQUEST_BYTES_MAX: Final = 2**20
+"""To read the millions of fields that a larger one may have would hold up everybody for seconds."""
 _CHOICE: Final = frozenset({"hosts", "labels", "copies", "stream", "keepAlive"})
 _encode = msgspec.json.Encoder().encode
 
@@ -95,7 +97,7 @@ class FleetApi:
 
     async def _operate(self, path: str, ending: Ending, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Do what a request asks."""
-        body = await read_body(receive, ending)
+        body = await read_body(receive, ending, REQUEST_BYTES_MAX)
         job = self._job(path, body, await self._api.hosts())
         for model in job.models:
             if not ending.grant.allows_model(model):

@@ -7,11 +7,12 @@ Rules
   written, so that a conversation agrees with its next turn up to the last boundary. What comes and goes between two
   turns has no place in it: ids, options, marks for caching (Anthropic's `cache_control`), and the model's thinking,
   which clients drop when they send an answer back.
-- An image counts as a hash of its bytes as they are written, drawn out to about what an engine reads of it.
+- An image counts as a hash of its bytes as they are written, drawn out to about what an engine reads of it; never to
+  more than was written, else a body of tiny ones would be a prompt of GBs.
 - What is embedded has no beginnings: engines keep nothing of it.
 - It runs on the way to the first token. The parts of a body are found as slices of it, and only what holds text is
-  decoded. A conversation of more than OBJECTS_MAX objects would take long to decode, and much memory; it counts as it
-  is written, as does one that is not what the APIs document.
+  decoded. A conversation of more than OBJECTS_MAX objects, or QUOTES_MAX quotes, would take long to read, and much
+  memory; it counts as it is written, as does one that is not what the APIs document.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,18 @@ from typing import Final, TypeVar
 import msgspec
 from msgspec import Raw, Struct
 
+from common.errors import Code, FabricError
 from common.ollama import UNREADABLE
 from common.prefix import chain
 from common.protocol import COUNT_MAX, NAME_CHARS_MAX
+from gateway.excerpt import FIELD_BYTES_MAX
 
 SMALL: Final = 64 * 1024
 READ_MAX: Final = 16 * 2**20
 """To tell a body's beginnings takes a few times its size in memory: a larger one has none."""
 OBJECTS_MAX: Final = 20_000
-"""Counted in conversations larger than SMALL, which cannot have many more."""
+QUOTES_MAX: Final = 12 * OBJECTS_MAX
+"""Both are counted in conversations larger than SMALL; smaller ones cannot have many more."""
 IMAGES_MAX: Final = 64
 """Of one message; more are not looked at."""
 URL_HEAD_BYTES: Final = 128
@@ -44,6 +48,8 @@ GENERATING: Final = frozenset(
     {"/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 )
 EMBEDDING: Final = frozenset({"/api/embed", "/api/embeddings", "/v1/embeddings"})
+SHORT: Final = ("options", "shift", "max_tokens", "max_completion_tokens", "max_output_tokens")
+"""The fields that hints are made of beside the prompt."""
 NATIVE: Final = "/api/"
 """How the paths of Ollama's own API begin. The others have no options with which a model is loaded."""
 
@@ -189,10 +195,16 @@ def options_with(body: Buffer, num_ctx: int) -> bytes | None:
 
     They are to stand last in the body: of fields of one name Go takes the last, in whatever case they are written, and
     of options what the last says of each.
+
+    Raises:
+        FabricError: INVALID_MESSAGE, they are too large, or nested too deeply, to be read here.
     """
-    asked = _read(_body, body)
-    if asked is None or len(asked.options) > SMALL:
-        return None
+    try:
+        asked = _body.decode(body)
+    except UNREADABLE as error:
+        raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
+    if len(asked.options) > FIELD_BYTES_MAX:
+        raise FabricError(Code.INVALID_MESSAGE, f"the options have more than {FIELD_BYTES_MAX} bytes")
     options = {} if asked.options in (NOTHING, NULL) else _read(_fields, asked.options)
     return None if options is None else msgspec.json.encode(options | {"num_ctx": num_ctx})
 
@@ -317,7 +329,9 @@ def _image(data: memoryview) -> bytes:
     before, carries, _ = bytes(data[:URL_HEAD_BYTES]).partition(b";base64,")
     if carries:
         data = data[len(before) + len(carries) :]
-    return blake2b(data, digest_size=DIGEST_BYTES).digest() * (IMAGE_BYTES // DIGEST_BYTES)
+    if len(data) <= DIGEST_BYTES:
+        return bytes(data)
+    return (blake2b(data, digest_size=DIGEST_BYTES).digest() * (IMAGE_BYTES // DIGEST_BYTES))[: len(data)]
 
 
 def _head(role: str) -> bytes:
@@ -330,7 +344,9 @@ def _written(raw: Raw) -> bytes:
 
 
 def _decoded(decoder: msgspec.json.Decoder[T], raw: Raw) -> T | None:
-    """As `_read`; nothing if it has too many objects."""
-    if not raw or (len(raw) > SMALL and bytes(raw).count(b"{") > OBJECTS_MAX):
-        return None
+    """As `_read`; nothing if there is too much in it."""
+    if len(raw) > SMALL:
+        data = bytes(raw)
+        if data.count(b"{") > OBJECTS_MAX or data.count(b'"') > QUOTES_MAX:
+            return None
     return _read(decoder, raw)

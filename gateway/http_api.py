@@ -17,10 +17,11 @@ import ipaddress
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.requests import Request
@@ -38,7 +39,7 @@ from gateway import catalogue
 from gateway.catalogue import Catalogue
 from gateway.dialects import Anthropic, Dialect, Ollama, OpenAI
 from gateway.exchange import Call, Ending, Exchange, Gone, Room, attended, check_length, read_large, refuse
-from gateway.hints import NATIVE, hints_of, options_with
+from gateway.hints import EMBEDDING, NATIVE, READ_MAX, SHORT, Buffer, Hints, hints_of, options_with
 from gateway.keyring import Grant, Keyring
 from gateway.messages import DEADLINE_MS_MAX, PRIORITIES
 from gateway.spool import Spool, Spools
@@ -84,12 +85,15 @@ _VARIANTS: Final = [
     if name != field
 ]
 """The other ways to write a field, for an engine that reads it in any case. (No letter of theirs has a third form.)"""
-_LargeJob: Any = msgspec.defstruct(
-    "_LargeJob", [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in _VARIANTS], bases=(_Job,)
+_STRICT_JOB: Any = msgspec.defstruct(
+    "_StrictJob", [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in _VARIANTS], bases=(_Job,)
 )
+_READ: Final = (*_STRICT_JOB.__struct_fields__, *SHORT)
+"""What is read of a body that is larger than READ_MAX."""
+EXCERPTS_MAX: Final = 2
+"""Of such bodies that are being read at once."""
 
-_job = msgspec.json.Decoder(_Job)
-_large_job = msgspec.json.Decoder(_LargeJob)
+_job = msgspec.json.Decoder(_STRICT_JOB)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -118,6 +122,7 @@ class HttpApi:
         settings = services.settings
         folder = settings.spool_dir or settings.data_dir or default_data_dir()
         self.spools = Spools(folder, settings.spool_bytes_max)
+        self._excerpts = asyncio.Semaphore(EXCERPTS_MAX)
         self.draining = False
 
     @property
@@ -220,37 +225,16 @@ class HttpApi:
         settings = services.settings
         priority, deadline_ms = _urgency(scope)
         check_length(scope, settings.body_bytes_max, self.spools)
-        received = await read_large(receive, ending, self.spools, settings.body_bytes_max)
-        spool = received if isinstance(received, Spool) else None
-        body = b"" if isinstance(received, Spool) else received
-        asked = _model_of(body) if spool is None else _model_of_large(spool)
-        if not grant.allows_model(asked):
-            raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(asked)!r}")
-        model = services.model(asked)
-        changes: dict[str, bytes] = {}
-        if model != asked:
-            changes["model"] = _json(short_name(model))
-        num_ctx = settings.num_ctx_of(model) if path.startswith(NATIVE) and not light else None
-        if num_ctx is not None:
-            options = options_with(body if spool is None else spool.view(), num_ctx)
-            changes |= {} if options is None else {"options": options}
-        if spool is None:
-            body = _with_fields(body, changes) if changes else body
-            hints = hints_of(path, body)
-        else:
-            # Of two fields of one name the last one counts, in Go as here.
-            end = b"".join(b',"%b":%b' % (name.encode(), value) for name, value in changes.items())
-            if end:
-                await spool.replace_end(end + b"}")
-            hints = await attended(asyncio.to_thread(hints_of, path, spool.view()), ending)
+        body = await read_large(receive, ending, self.spools, settings.body_bytes_max)
+        model, body, hints = await self._made_ready(path, light, body, ending, receive)
         call = Call(
             client=grant.client,
             ref=secrets.token_hex(8),
             model=model,
             path=path,
-            body=body,
+            body=b"" if isinstance(body, Spool) else body,
             light=light,
-            spool=spool,
+            spool=body if isinstance(body, Spool) else None,
             priority=priority,
             deadline_ms=deadline_ms,
             hints=hints,
@@ -260,6 +244,50 @@ class HttpApi:
             dialect, services.upstream, services.metrics, services.settings.outbox_bytes_max, services.pulls
         )
         await exchange.run(call, ending, receive, send)
+
+    async def _made_ready(
+        self, path: str, light: bool, body: bytes | Spool, ending: Ending, receive: Receive
+    ) -> tuple[str, bytes | Spool, Hints]:
+        """The model that is meant, the body as an engine is to get it, and what a scheduler is told of it.
+
+        Raises:
+            Gone: the client left.
+            FabricError: INVALID_MESSAGE; FORBIDDEN; QUEUE_FULL, there is no room; or why it was ended from outside.
+        """
+        told: Buffer = body if isinstance(body, bytes) else await attended(self._told(body), ending, receive)
+        asked = _model_of(told)
+        if not ending.grant.allows_model(asked):
+            raise FabricError(Code.FORBIDDEN, f"this key may not use the model {short_name(asked)!r}")
+        model = self._services.model(asked)
+        changes: dict[str, bytes] = {}
+        if model != asked:
+            changes["model"] = _json(short_name(model))
+        num_ctx = self._services.settings.num_ctx_of(model) if path.startswith(NATIVE) and not light else None
+        if num_ctx is not None:
+            options = options_with(told, num_ctx)
+            changes |= {} if options is None else {"options": options}
+        if isinstance(body, bytes):
+            body = _with_fields(body, changes) if changes else body
+            return model, body, hints_of(path, body)
+        if changes:
+            # Of two fields of one name the last one counts, in Go as here.
+            end = b"".join(b',"%b":%b' % (name.encode(), value) for name, value in changes.items())
+            await body.replace_end(end + b"}")
+        if isinstance(told, bytes):
+            hints = hints_of(path, _with_fields(told, changes))
+            return model, body, replace(hints, prompt_bytes=body.size) if path in EMBEDDING else hints
+        return model, body, await attended(asyncio.to_thread(hints_of, path, body.view()), ending, receive)
+
+    async def _told(self, spool: Spool) -> Buffer:
+        """A large body, or if that would take too long to read here, what is to be read of it.
+
+        Raises:
+            FabricError: INVALID_MESSAGE, or QUEUE_FULL, it cannot be read.
+        """
+        if spool.size <= READ_MAX:
+            return spool.view()
+        async with self._excerpts:
+            return await spool.excerpt(_READ)
 
     async def root(self, request: Request) -> Response:
         """What Ollama says to its clients, and a page for people."""
@@ -337,33 +365,20 @@ def fields_of(body: bytes) -> dict[str, msgspec.Raw]:
     return fields
 
 
-def _model_of(body: bytes) -> str:
-    """The full name of the model a request is for.
+def _model_of(body: Buffer) -> str:
+    """The full name of the model a request is for, in one pass and without memory for what else is in it.
 
     Raises:
         FabricError: INVALID_MESSAGE.
     """
-    fields_of(body)
     try:
         job = _job.decode(body)
-    except UNREADABLE as error:
-        raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
-    return _checked(job.model or job.name)
-
-
-def _model_of_large(spool: Spool) -> str:
-    """The same of a body in a file, in one pass and without memory for what else is in it."""
-    try:
-        job = _large_job.decode(spool.view())
     except UNREADABLE as error:
         raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {error}") from None
     for variant in _VARIANTS:
         if getattr(job, variant) is not msgspec.UNSET:
             raise FabricError(Code.INVALID_MESSAGE, f"write {variant.casefold()!r}, not {variant!r}")
-    return _checked(job.model or job.name)
-
-
-def _checked(model: str) -> str:
+    model = job.model or job.name
     if not model:
         raise FabricError(Code.INVALID_MESSAGE, "model is required")
     if len(model) > MODEL_CHARS_MAX:
@@ -372,8 +387,12 @@ def _checked(model: str) -> str:
 
 
 def _with_fields(body: bytes, changes: Mapping[str, bytes]) -> bytes:
-    """The same request with other fields (JSON), which come last; one for another model has no `name`."""
-    fields = _fields.decode(body)
+    """The same request with other fields (JSON), which come last; one for another model has no `name`.
+
+    Raises:
+        FabricError: INVALID_MESSAGE.
+    """
+    fields = fields_of(body)
     for name in (*changes, "name") if "model" in changes else changes:
         fields.pop(name, None)
     return _json(fields | {name: msgspec.Raw(value) for name, value in changes.items()})
@@ -385,8 +404,10 @@ def _urgency(scope: AsgiScope) -> tuple[str, int | None]:
     Raises:
         FabricError: INVALID_MESSAGE, a header says something else.
     """
-    priority = _header(scope, PRIORITY) or "normal"
-    if priority not in PRIORITIES:
+    priority = _header(scope, PRIORITY)
+    if priority is None:
+        priority = "normal"
+    elif priority not in PRIORITIES:
         raise FabricError(Code.INVALID_MESSAGE, f"X-Weftline-Priority must be one of {', '.join(PRIORITIES)}")
     deadline = _header(scope, DEADLINE)
     if deadline is None:
@@ -408,7 +429,7 @@ def _token(scope: AsgiScope) -> str:
     """The key a request carries, or nothing."""
     by_path: str | None = scope.get("weftline.token")
     if by_path is not None:
-        return unquote(by_path)
+        return by_path
     kind, _, token = (_header(scope, b"authorization") or "").partition(" ")
     if kind.lower() == "bearer" and token.strip():
         return token.strip()

@@ -134,6 +134,11 @@ class Link:
         return len(self._streams)
 
     @property
+    def waiting(self) -> int:
+        """Those of them that no host had yet."""
+        return sum(stream.leased_at is None for stream, _ in self._streams.values())
+
+    @property
     def resubmits(self) -> bool:
         """Whether something waits to be submitted again: call `resubmit` when all that was told has been taken."""
         return bool(self._due)

@@ -68,6 +68,7 @@ class Metrics(Collector):
             ("connections", "Authenticated WebSocket connections", self.connections),
             ("connections_unauthenticated", "Connections that have not authenticated yet", self.unauthenticated),
             ("streams", "Requests without a terminal", self._upstream.streams),
+            ("streams_waiting", "Requests that no host had yet", self._upstream.waiting),
             ("broker_connected", "1 while the broker answers", int(self._upstream.connected)),
             ("fleet_workers", "Workers, as last told by the broker", fleet.workers),
             ("fleet_models", "Models, as last told by the broker", len(fleet.models)),

@@ -7,7 +7,8 @@ What each bound defends against, and what happens at it:
                         takes something in every such period is kept.
     request_s           No complete request head, or a WebSocket handshake not finished, in this time: aborted. A body
                         gets a second more for every `body_bytes_per_s` that arrive, so a slow upload is kept and a
-                        trickle is not (the rule of Apache's mod_reqtimeout).
+                        trickle is not (the rule of Apache's mod_reqtimeout), but no more than `body_credit_s` ahead:
+                        else what came fast could be held, incomplete, for hours.
     head_bytes_max      A longer request head: 431. The parser has no bound of its own.
     pipeline_max        More requests waiting on one connection: aborted. Nobody pipelines.
     ping_interval_s     Keepalive. A pong missing after `ping_timeout_s`: aborted, unless bytes moved meanwhile, for the
@@ -58,6 +59,7 @@ class Limits:
     stall_s: float = 10.0
     request_s: float = 10.0
     body_bytes_per_s: float = 4096.0
+    body_credit_s: float = 60.0
     head_bytes_max: int = 64 * 1024
     pipeline_max: int = 16
     ping_interval_s: float = 5.0
@@ -554,6 +556,8 @@ class DefendedHttpProtocol(HttpToolsProtocol):
             self._since, self._body_bytes = now, 0
         allowed = self._since + self.limits.request_s + self._body_bytes / self.limits.body_bytes_per_s
         if now < allowed:
+            allowed = min(allowed, now + self.limits.body_credit_s)
+            self._since, self._body_bytes = allowed - self.limits.request_s, 0
             self._timer = self.loop.call_at(allowed, self._overdue)
         else:
             self.transport.abort()

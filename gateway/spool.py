@@ -9,13 +9,16 @@ import hashlib
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from common.errors import Code, FabricError
 from common.protocol import PART_BYTES_MAX
+from gateway import excerpt
 
 SPOOL_AT: Final = PART_BYTES_MAX
 """A larger body is spooled."""
@@ -34,11 +37,15 @@ class Spools:
         """Whether there is room for so much.
 
         Raises:
-            FabricError: QUEUE_FULL, there is none, here or on the disk.
+            FabricError: QUEUE_FULL, there is none, here or on the disk, or the disk fails.
         """
         if size > self.bytes_left:
             raise FabricError(Code.QUEUE_FULL, "this gateway holds all the large requests it can; try again later")
-        if size + DISK_RESERVE_BYTES > shutil.disk_usage(self.folder).free:
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise _unkept(error) from None
+        if size + DISK_RESERVE_BYTES > free:
             raise FabricError(Code.QUEUE_FULL, "this gateway's disk is full; try again later")
 
 
@@ -92,6 +99,32 @@ class Spool:
     def view(self) -> mmap.mmap:
         """All of it, without memory of its own. Not to be kept."""
         return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    async def excerpt(self, names: Sequence[str]) -> bytes:
+        """Those fields of the JSON object that this is, as an object; see gateway/excerpt.py.
+
+        Raises:
+            FabricError: INVALID_MESSAGE, it is none, or one of them is too large; QUEUE_FULL, it cannot be read.
+        """
+        # -P: no module beside that file shall stand for one that it imports.
+        command = sys.executable, "-P", excerpt.__file__, *names
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=self._file.fileno(), stdout=asyncio.subprocess.PIPE
+            )
+        except OSError as error:
+            raise _unkept(error) from None
+        try:
+            told, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode == 0:
+            return told
+        if process.returncode == 1 and told:
+            raise FabricError(Code.INVALID_MESSAGE, f"the body is not the JSON that was expected: {told.decode()}")
+        raise FabricError(Code.QUEUE_FULL, "this gateway cannot read the request now; try again later")
 
     async def replace_end(self, end: bytes) -> None:
         """Let the JSON object that this is end otherwise: `end` stands in place of its last brace.

@@ -66,6 +66,11 @@ class Upstream:
         return self._link.streams
 
     @property
+    def waiting(self) -> int:
+        """Those of them that no host had yet."""
+        return self._link.waiting
+
+    @property
     def connected(self) -> bool:
         """Whether a broker answers."""
         return self._link.connected

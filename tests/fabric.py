@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,15 @@ START_S = 20.0
 
 @dataclass
 class Fabric:
-    """`with Fabric(folder) as fabric: ...`; `engines` are the settings of one simulated engine per worker."""
+    """`with Fabric(folder) as fabric: ...`; `engines` are the settings of one simulated engine per worker.
+
+    `workers`: further settings of each worker. `clients`: further clients by name, with their limits.
+    """
 
     folder: Path
     engines: list[Settings] = field(default_factory=lambda: [Settings()])
+    workers: Sequence[Mapping[str, Any]] = ()
+    clients: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     gateways: int = 1
     gateway_settings: dict[str, Any] = field(default_factory=dict)
     broker_settings: dict[str, Any] = field(default_factory=lambda: {"settle_s": 0.0})
@@ -47,6 +52,10 @@ class Fabric:
     def __post_init__(self) -> None:
         with contextlib.closing(Store.open(self.folder)) as store:
             files = create_client(store, self.client_id, self.folder / "keys")
+            for name, limits in self.clients.items():
+                create_client(store, name, self.folder / "keys", algorithm="Ed25519")
+                if limits:
+                    store.limit(name, **limits)
         self.private_key_path = files.private
         self.config_path = files.config
         self.http_urls = [""] * self.gateways
@@ -87,6 +96,15 @@ class Fabric:
     def url_of(self, gateway: int) -> str:
         """As WebSocket clients say it."""
         return self.http_urls[gateway].replace("http://", "ws://")
+
+    def config_of(self, client: str) -> Path:
+        """Of one of `clients`. The URL in it is none."""
+        return self.folder / "keys" / f"{client}_config.json"
+
+    def models(self, engine: int) -> dict[str, dict[str, Any]]:
+        """What an engine itself counts, by the models' names (`Residency.slots`)."""
+        answer = httpx.get(f"{self.engine_urls[engine]}/debug/slots", trust_env=False).json()
+        return {name.removesuffix(":latest"): counts for name, counts in answer["models"].items()}
 
     def close(self) -> None:
         for process in self._stops:
@@ -174,13 +192,15 @@ class Fabric:
 
                 start(f"gateway-{number}", partial(gateway.app.run, gateway_settings, on_ready=on_listening))
                 await listening.wait()
-            for number, url in enumerate(self.engine_urls, 1):
+            for number, (url, engine) in enumerate(zip(self.engine_urls, self.engines, strict=True), 1):
+                memory = f",memory={engine.memory_bytes}" if engine.memory_bytes else ""
                 worker_settings = WorkerSettings(
                     broker=self.addresses.workers,
-                    ollama=(f"{url},slots={self.engines[number - 1].slots}",),
+                    ollama=(f"{url},slots={engine.slots}{memory}",),
                     name=f"worker-{number}",
                     poll_interval_s=0.2,
                     data_dir=self.folder,
+                    **(self.workers[number - 1] if self.workers else {}),
                 )
                 start(f"worker-{number}", partial(workers.agent.run, worker_settings))
             async with httpx.AsyncClient(trust_env=False) as client:

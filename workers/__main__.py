@@ -19,7 +19,7 @@ def worker(
         list[str] | None,
         typer.Option(
             help="An engine, as OLLAMA_HOST would name it; slots: its OLLAMA_NUM_PARALLEL. Repeatable.",
-            metavar="URL[,slots=N][,models=N]",
+            metavar="URL[,slots=N][,models=N][,memory=24GiB]",
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="This host's name in the fleet. [its hostname]")] = None,

@@ -175,6 +175,7 @@ class Backend:
         return Engine(
             disk_free_bytes=_disk_free_bytes(self.address.url) if version.engine == "ollama" else None,
             models_max=self.address.models,
+            memory_bytes=self.address.memory_bytes,
             url=self.address.url,
             kind=version.engine,
             version=version.version,

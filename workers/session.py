@@ -16,9 +16,11 @@ Rules
    sent, oldest first. If what was not sent reaches the bound by itself, the engine is not read until it has left.
    An unfinished line counts beside them, up to EVENT_BYTES_MAX. A `replay` of what went is answered `forgotten`.
 7. One broker is served at a time (common/standby.py). To another one the worker registers anew, with all it holds.
-8. A large body comes in parts: the worker wants up to PARTS_MAX of them at once, asks again for what does not come
-   within PART_PATIENCE_S, and gives the lease up when it has asked WANTS_MAX times for one. A part counts among those
-   until the engine has taken it, so that a lease holds no more of its body than so many, whatever its size.
+8. A large body comes in parts: the worker wants up to PARTS_MAX of them at once, asks again for what does not come in
+   time, and gives the lease up when it has asked WANTS_MAX times for one. In time is within twice what parts took
+   lately, and each time twice as long: parts that only wait on a slow line must not be sent again and again, which
+   would leave it ever less room for what is new. A part counts among those until the engine has taken it, so that a
+   lease holds no more of its body than so many, whatever its size.
 9. A worker that drains takes nothing new, lets finish what runs, and leaves when its buffers have been released.
 
 Theory of operation
@@ -42,7 +44,7 @@ A lease's states, moved by `_move` only:
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice, takewhile
@@ -93,9 +95,12 @@ FRAMES_PER_PUMP_MAX: Final = 64
 NOTES_MAX: Final = 1000
 """Answers that wait for the socket. Beyond it they are dropped and the worker registers anew, which says it all."""
 PART_PATIENCE_S: Final = 1.0
-"""A part of a body that did not come for so long is asked for again …"""
-WANTS_MAX: Final = 30
-"""… so many times in all; while there is no broker nothing is asked."""
+PART_PATIENCE_S_MAX: Final = 30.0
+"""A part of a body is waited for so long at least, and at most, before it is asked for again the first time …"""
+WANTS_MAX: Final = 5
+"""… and it is asked for so many times in all; while there is no broker nothing is asked."""
+PATIENCE_KEPT: Final = 0.9
+"""Of a patience that turned out to be too long, with every part that comes."""
 ERROR_TEXT_MAX: Final = 2000
 ASKED_WRONGLY: Final = ('option "', "invalid format:")
 """How the 500 begins with which Ollama answers a request that no engine could serve (handleScheduleError, FromMap)."""
@@ -131,9 +136,10 @@ class _Replay:
 
 @dataclass(slots=True)
 class _Asked:
-    """A part that is to come. `at` is when it was asked for, None if it is to be; `times` how often it was."""
+    """A part that is to come. It was asked for `times` times, first at `since` and last `at`; None: it is to be now."""
 
     size: int
+    since: float = 0.0
     at: float | None = None
     times: int = 0
 
@@ -158,10 +164,11 @@ class _Upload:
         """Whether something is to be asked for."""
         return any(asked.at is None for asked in self.asked.values())
 
-    @property
-    def deadline(self) -> float:
-        """When something is to be asked for again."""
-        return min((a.at + PART_PATIENCE_S for a in self.asked.values() if a.at is not None), default=float("inf"))
+    def to_ask_again(self, patience_s: float) -> Iterable[tuple[float, int, _Asked]]:
+        """When parts are to be asked for again, where they begin, and they."""
+        for offset, asked in self.asked.items():
+            if asked.at is not None:
+                yield asked.at + patience_s * 2 ** (asked.times - 1), offset, asked
 
     @property
     def under_way(self) -> int:
@@ -353,6 +360,7 @@ class Session:
         self._ready: deque[Lease] = deque()
         self._paused: dict[bytes, Lease] = {}
         self._bytes = 0
+        self._patience_s = PART_PATIENCE_S
         self._notes: deque[bytes] = deque()
         self._effects: list[Effect] = []
         self._heard_at = now
@@ -388,7 +396,7 @@ class Session:
             case protocol.Replay():
                 self._replay(message, now)
             case protocol.Part():
-                self._part(message, payload)
+                self._part(message, payload, now)
             case protocol.Registered():
                 self.registration, self._asked_at = message.registration, None
                 self._effects.append(Joined(message.registration))
@@ -533,13 +541,15 @@ class Session:
             self._keep(lease, now)
         self._queue(lease)
 
-    def _part(self, message: protocol.Part, payload: bytes) -> None:
+    def _part(self, message: protocol.Part, payload: bytes, now: float) -> None:
         """A part of a body came: give the engine what is next."""
         lease = self._leases.get(message.rid)
         upload = lease.upload if lease is not None and lease.attempt == message.attempt else None
         asked = upload.asked.get(message.offset) if upload is not None else None
-        if lease is None or upload is None or asked is None or asked.size != len(payload):
+        if lease is None or upload is None or asked is None or not asked.times or asked.size != len(payload):
             return  # it came twice, too late, or is not what was asked for
+        patience_s = max(2 * (now - asked.since), PATIENCE_KEPT * self._patience_s, PART_PATIENCE_S)
+        self._patience_s = min(patience_s, PART_PATIENCE_S_MAX)
         del upload.asked[message.offset]
         upload.came[message.offset] = payload
         while (part := upload.came.pop(upload.next, None)) is not None:
@@ -564,8 +574,8 @@ class Session:
 
     def _ask_again(self, lease: Lease, upload: _Upload, now: float) -> None:
         """For the parts that did not come; or give the lease up."""
-        for offset, asked in upload.asked.items():
-            if asked.at is None or now < asked.at + PART_PATIENCE_S:
+        for at, offset, asked in upload.to_ask_again(self._patience_s):
+            if now < at:
                 continue
             if asked.times >= WANTS_MAX:
                 text = f"the request's bytes from {offset} on were asked for {WANTS_MAX} times and did not come"
@@ -921,6 +931,7 @@ class Session:
             if asked.at is None:
                 if not offer(encode(Want(rid=lease.rid, attempt=lease.attempt, offset=offset, size=asked.size))):
                     return False
+                asked.since = asked.since if asked.times else now
                 asked.at, asked.times = now, asked.times + 1
         return True
 
@@ -985,7 +996,9 @@ class Session:
         elif self._leases:
             deadlines.append(self._heard_at + self.limits.orphan_s)
         deadlines += [self._watchdog_at(lease) for lease in self._leases.values() if lease.at_engine]
-        deadlines += [lease.upload.deadline for lease in self._leases.values() if lease.upload is not None]
+        for lease in self._leases.values():
+            if lease.upload is not None:
+                deadlines += [at for at, *_ in lease.upload.to_ask_again(self._patience_s)]
         deadlines += [lease.keep_until for lease in islice(self._ended.values(), 1)]
         return min(deadlines)
 

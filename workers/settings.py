@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from common.config import PositiveSeconds, Settings, tcp_addresses
+from common.config import PositiveSeconds, Settings, byte_count, tcp_addresses
 from common.errors import UsageError
 from common.protocol import LABELS_MAX
 
@@ -21,12 +21,13 @@ BufferBytes = Annotated[int, msgspec.Meta(ge=64 * 2**10)]
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
-    """Where an engine listens; how many requests for one model it runs at once (its OLLAMA_NUM_PARALLEL), and how many
-    models it holds at once (its OLLAMA_MAX_LOADED_MODELS), 0 if that is not known."""
+    """Where an engine listens; how many requests for one model it runs at once (its OLLAMA_NUM_PARALLEL); how many
+    models it holds at once (its OLLAMA_MAX_LOADED_MODELS), and the memory it has for them, 0 if that is not known."""
 
     url: str
     slots: int = 1
     models: int = 0
+    memory_bytes: int = 0
 
 
 def ollama_url(text: str) -> str:
@@ -55,11 +56,11 @@ def ollama_url(text: str) -> str:
 
 
 def engine_addresses(entries: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[EngineAddress, ...]:
-    """Read `URL[,slots=N][,models=N]` entries; none means OLLAMA_HOST or http://127.0.0.1:11434.
+    """Read `URL[,slots=N][,models=N][,memory=SIZE]` entries; none means OLLAMA_HOST or http://127.0.0.1:11434.
 
     Slots default to the OLLAMA_NUM_PARALLEL of this environment, else 1, as in Ollama, models to its
     OLLAMA_MAX_LOADED_MODELS. A list that came from one string (the environment, a file) was split at its commas: a bare
-    `slots=N` or `models=N` belongs to the engine before it.
+    `slots=N`, `models=N` or `memory=SIZE` belongs to the engine before it.
 
     Raises:
         UsageError: an entry that is no address, a number out of bounds, or an engine named twice.
@@ -72,6 +73,9 @@ def engine_addresses(entries: Sequence[str], environment: Mapping[str, str] = os
     found_engines: dict[str, dict[str, int]] = {}
     for part in ",".join(entries or (environment.get("OLLAMA_HOST", ""),)).split(","):
         key, found, value = part.strip().partition("=")
+        if found and key == "memory" and found_engines:
+            found_engines[next(reversed(found_engines))]["memory_bytes"] = byte_count(value, "--ollama: memory")
+            continue
         if found and key in ("slots", "models") and found_engines:
             if not re.fullmatch(r"[0-9]{1,5}", value) or not 1 <= int(value) <= SLOTS_MAX:
                 raise UsageError(f"--ollama: {key} must be a whole number from 1 to {SLOTS_MAX}, not {value!r}")
@@ -94,7 +98,7 @@ class WorkerSettings(Settings, frozen=True):
 
     Attributes:
         broker: where the broker waits for workers; several in order, separated by commas: the first that lives serves.
-        ollama: engines as `URL[,slots=N][,models=N]`; none means OLLAMA_HOST or http://127.0.0.1:11434.
+        ollama: engines as `URL[,slots=N][,models=N][,memory=SIZE]`; none means OLLAMA_HOST or http://127.0.0.1:11434.
         name: unique in the fleet; of two live workers of one name the newer wins.
         labels: what is to be known of this host, as `key=value`; operations on models can choose hosts by them.
         start_ollama: run `ollama serve` for the first engine if it does not answer.

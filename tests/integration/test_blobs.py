@@ -15,6 +15,7 @@ import pytest
 
 from gateway import blobs, operations
 from gateway.blobs import settled
+from gateway.exchange import HELD_BYTES_MAX
 from gateway.operations import Target
 from gateway.store import Store
 from tests.fabric import Fabric
@@ -139,6 +140,15 @@ def test_who_may(fabric: Fabric) -> None:
         assert http.head(path).status_code == 403
         assert http.post(path, content=data).status_code == 403
     assert httpx.post(fabric.http_url + path, content=data, trust_env=False).status_code == 401
+
+
+def test_what_a_file_takes_of_memory_meanwhile_is_counted(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, data = blob("counted")
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "SPOOL_AT", HELD_BYTES_MAX + 1)
+        refused = http.post(path, content=data)
+        assert (refused.status_code, refused.json()["code"]) == (503, "QUEUE_FULL")
+    assert http.post(path, content=data).status_code == 201
 
 
 def test_a_disk_without_room(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ async def test_a_client_that_leaves_frees_llama_cpps_slot() -> None:
                 await streamed.aclose()  # type: ignore[attr-defined]
                 assert (await second)["eval_count"] == 2
         slots = (await client.get("/debug/slots")).json()["models"]["tiny:latest"]
-        assert slots == {"loaded": True, "slots": 1, "busy": 0, "waiting": 0, "served": 2}
+        assert (slots["loaded"], slots["slots"], slots["busy"], slots["waiting"], slots["served"]) == (True, 1, 0, 0, 2)
 
 
 async def test_requests_share_the_model_up_to_its_slots() -> None:

@@ -68,11 +68,12 @@ def test_children_die_with_an_engine_that_is_killed() -> None:
 
 
 def test_the_simulated_engine() -> None:
-    flags = ("--simulated", "--sim-model", "one", "--tokens-per-s", "1000", "--slots", "3")
+    flags = ("--simulated", "--sim-model", "one=2GB", "--tokens-per-s", "1000", "--slots", "3", "--memory", "3GB")
     with engine(*flags) as (process, url), httpx.Client(base_url=url, trust_env=False) as client:
         answer = client.post("/api/generate", json={"model": "one", "prompt": "x", "stream": False}).json()
         assert answer["eval_count"] == 128
         assert client.get("/debug/slots").json()["models"]["one:latest"]["slots"] == 3
+        assert client.get("/api/ps").json()["models"][0]["size"] == 2_000_000_000
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 
@@ -103,6 +104,8 @@ def test_a_port_in_use_is_said_plainly() -> None:
             Path(__file__).name,
         ),
         (("--simulated", "--sim-model", "a b"), 2, "invalid model name"),
+        (("--simulated", "--sim-model", "a=big"), 2, "--sim-model a must be an amount of memory"),
+        (("--simulated", "--memory", "0"), 2, "--memory must be an amount of memory"),
         (("--simulated", "--listen", "nowhere"), 2, "HOST:PORT"),
         (("--log-level", "loud"), 2, "log-level"),
     ],

@@ -308,3 +308,40 @@ async def test_pace() -> None:
         # Never early: the last of 21 tokens is due 20 intervals after the first.
         assert final["eval_duration"] >= 99_000_000
         assert final["prompt_eval_duration"] == 50_000_000
+
+
+async def test_a_prompt_takes_its_time_to_read_but_not_what_was_read_before() -> None:
+    """What the engine says of it, as far as that does not hang on this machine."""
+    async with engine(prefill_tokens_per_s=1e5, answer_tokens=2) as client:
+        prompt = "word " * 1000
+        options = {"num_predict": 2}
+        first = (await lines(client, "/api/generate", {"model": "llama2", "prompt": prompt, "options": options}))[-1]
+        assert (first["prompt_eval_count"], first["prompt_eval_duration"]) == (1000, 10_000_000)
+        more = {"model": "llama2", "prompt": prompt + "and more", "options": options}
+        again = (await lines(client, "/api/generate", more))[-1]
+        assert (again["prompt_eval_count"], again["prompt_eval_duration"]) == (1002, 20_000)
+        elsewhere = (await lines(client, "/api/generate", more | {"model": "simulated"}))[-1]
+        assert elsewhere["prompt_eval_duration"] == 10_020_000, "each model has a cache of its own"
+
+
+async def test_larger_models_take_longer_to_load_and_push_others_out() -> None:
+    sizes = {"small:latest": 10**8, "large:latest": 10**9}
+    settings = {"models": ["small", "large"], "sizes_bytes": sizes, "memory_bytes": 10**9, "load_bytes_per_s": 1e10}
+    async with engine(answer_tokens=1, **settings) as client:
+        assert {entry["name"]: entry["size"] for entry in (await client.get("/api/tags")).json()["models"]}.items() >= (
+            sizes.items()
+        )
+        for model, at_least_ns in (("small", 10**7), ("large", 10**8)):
+            answer = await client.post("/api/generate", json={"model": model, "prompt": "x", "stream": False})
+            assert answer.json()["load_duration"] >= at_least_ns
+        assert [entry["name"] for entry in (await client.get("/api/ps")).json()["models"]] == ["large:latest"]
+        assert (await slots(client, "small:latest"))["evicted"] == 1
+
+
+async def test_streams_that_slow_each_other_down_all_come_to_their_end() -> None:
+    async with engine(tokens_per_s=2000, slowdown=1.0) as client:
+        body = {"model": "llama2", "prompt": "x", "options": {"num_predict": 50}}
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(lines(client, "/api/generate", body)) for _ in range(3)]
+        for task in asked:
+            assert "".join(line["response"] for line in task.result()) == transcript("x", 0, 50)

@@ -13,6 +13,8 @@ from msgspec.structs import replace
 
 from common import protocol
 from common.protocol import Queued, Submit
+from gateway.excerpt import FIELD_BYTES_MAX
+from gateway.hints import READ_MAX
 from gateway.spool import SPOOL_AT
 from gateway.store import Store
 from tests.fabric import Fabric
@@ -108,7 +110,7 @@ def test_a_question_about_a_model_tells_nothing(http: httpx.Client, submits: lis
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        ({"x-weftline-priority": "urgent"}, "interactive, normal, batch"),
+        *(({"x-weftline-priority": text}, "interactive, normal, batch") for text in ("urgent", "", "Batch")),
         *(({"x-weftline-deadline-ms": text}, "from 1 to 86400000") for text in ("0", "-5", "1.5", "soon", "9" * 30)),
     ],
 )
@@ -188,6 +190,33 @@ def test_a_large_body_of_a_model_without_a_rule_stays_as_it_is(http: httpx.Clien
     body = json.dumps({"model": "simulated-embed", "input": "x" * SPOOL_AT, "options": {"num_ctx": 77}}, indent=2)
     assert http.post("/api/embed", content=body).status_code == 200
     assert (submits[0].parted_bytes, submits[0].variant) == (len(body), "num_ctx=77")
+
+
+def test_a_body_that_is_too_large_to_be_read_here_tells_as_much_as_it_can(
+    fabric: Fabric, http: httpx.Client, submits: list[Submit]
+) -> None:
+    text = "x" * (READ_MAX + 1000)
+    assert http.post("/api/chat", json=chat(text, options={"num_ctx": 2048, "num_predict": 3})).status_code == 200
+    assert http.post("/api/embed", json={"model": "simulated-embed", "input": text}).status_code == 200
+    chatted, embedded = submits
+    assert (chatted.variant, chatted.output_max, chatted.prefix) == (f"num_ctx={NUM_CTX}", 3, ())
+    assert loaded(fabric)["llama2:latest"] == NUM_CTX
+    assert (embedded.prompt_bytes, embedded.output_max) == (embedded.parted_bytes, 0)
+
+
+@pytest.mark.parametrize("size", [0, SPOOL_AT, READ_MAX])
+def test_no_options_are_too_large_to_be_changed(http: httpx.Client, submits: list[Submit], size: int) -> None:
+    """Else whoever wrote enough blanks into them had the num_ctx that they liked."""
+    body = json.dumps(chat("x" * size, options={"num_ctx": 2048})).replace(
+        '{"num_ctx"', "{" + " " * FIELD_BYTES_MAX + '"num_ctx"'
+    )
+    response = http.post("/api/chat", content=body)
+    assert (response.status_code, submits) == (400, [])
+    assert "65536 bytes" in response.json()["error"]
+
+
+def test_a_field_whose_name_is_no_text_does_no_harm(http: httpx.Client) -> None:
+    assert http.post("/api/chat", content=b'{"model":"llama2","\xff":1}').status_code == 400
 
 
 def test_what_an_engine_would_refuse_it_refuses_itself(http: httpx.Client) -> None:

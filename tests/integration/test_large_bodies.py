@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from gateway.hints import READ_MAX
 from gateway.store import Store
 from tests.processes import Process, started
 
@@ -255,8 +256,9 @@ def test_a_body_whose_length_is_not_announced(parts: Parts, http: httpx.Client) 
     assert came(parts) == [("/v1/chat/completions", len(body), hashlib.sha256(body).hexdigest())]
 
 
-def test_an_alias_stands_for_its_model_in_a_large_body_too(parts: Parts, http: httpx.Client) -> None:
-    body = chat(3 * MIB, "image-model") + b"\n \n"
+@pytest.mark.parametrize("size", [3 * MIB, READ_MAX + MIB])
+def test_an_alias_stands_for_its_model_in_a_large_body_too(parts: Parts, http: httpx.Client, size: int) -> None:
+    body = chat(size, "image-model") + b"\n \n"
     assert http.post("/api/chat", content=body).status_code == 200
     expected = body.rstrip()[:-1] + b',"model":"m"}'
     assert came(parts) == [("/api/chat", len(expected), hashlib.sha256(expected).hexdigest())]
@@ -272,8 +274,9 @@ def test_an_alias_stands_for_its_model_in_a_large_body_too(parts: Parts, http: h
         (b'["', "not the JSON that was expected"),
     ],
 )
-def test_a_large_body_that_names_no_model(http: httpx.Client, head: bytes, words: str) -> None:
-    response = http.post("/api/chat", content=head + b"x" * (2 * MIB) + b'"}')
+@pytest.mark.parametrize("size", [2 * MIB, READ_MAX + MIB])
+def test_a_large_body_that_names_no_model(http: httpx.Client, head: bytes, words: str, size: int) -> None:
+    response = http.post("/api/chat", content=head + b"x" * size + b'"}')
     assert (response.status_code, response.json()["code"]) == (400, "INVALID_MESSAGE")
     assert words in response.json()["error"]
 

@@ -644,6 +644,19 @@ async def test_a_slow_upload_is_kept_while_its_bytes_come() -> None:
         assert protocol.transport.is_closing()
 
 
+async def test_an_upload_that_came_fast_is_not_kept_for_long_when_it_stops() -> None:
+    async with serving(ok, body_bytes_per_s=1.0, body_credit_s=60.0) as served, peer(served, upgraded=False) as client:
+        await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n" + bytes(1000))
+        protocol = await served.http()
+        await until(lambda: protocol._body_bytes == 1000)
+        protocol._since -= PATIENT
+        protocol._overdue()
+        assert not protocol.transport.is_closing()
+        protocol._since -= 61  # of 1,000 s it had to come, this many are left
+        protocol._overdue()
+        assert protocol.transport.is_closing()
+
+
 async def test_an_upload_the_application_is_slow_to_take_is_kept() -> None:
     go = asyncio.Event()
 

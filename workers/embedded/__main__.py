@@ -10,10 +10,11 @@ import typer
 
 from common import logs, process
 from common.command import LogFormatOption, LogLevelOption, run_command
+from common.config import byte_count
 from common.errors import ProcessError, UsageError
 from workers.embedded.llama import LlamaBackend
 from workers.embedded.server import serve
-from workers.embedded.simulated import Settings, SimulatedBackend
+from workers.embedded.simulated import MODEL_BYTES, Settings, SimulatedBackend
 from workers.embedded.wire import full_name
 
 if TYPE_CHECKING:
@@ -34,10 +35,27 @@ def engine(
         bool, typer.Option("--simulated", help="Known words at a set speed instead of a model.")
     ] = False,
     tokens_per_s: Annotated[float, typer.Option(min=0, help="Simulated: of one stream; 0 is full speed.")] = 0.0,
+    slowdown: Annotated[
+        float, typer.Option(min=0, help="Simulated: by how much each other stream slows all of them.")
+    ] = 0.0,
     load_s: Annotated[float, typer.Option(min=0, help="Simulated: how long a model takes to load.")] = 0.0,
+    load_rate: Annotated[
+        str | None, typer.Option(help="Simulated: what is loaded per second, beside that.", metavar="SIZE")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Simulated: for models; one that does not fit evicts others.", metavar="SIZE")
+    ] = None,
+    loaded_max: Annotated[int, typer.Option(min=1, help="Simulated: models in memory at once.")] = 3,
     first_token_s: Annotated[float, typer.Option(min=0, help="Simulated: from the request to its first token.")] = 0.0,
+    prefill_tokens_per_s: Annotated[
+        float, typer.Option(min=0, help="Simulated: words of a prompt read per second; 0: all at once.")
+    ] = 0.0,
+    cache_prompts: Annotated[
+        int, typer.Option(min=0, help="Simulated: prompts whose beginnings a model does not read again.")
+    ] = 4,
     sim_model: Annotated[
-        list[str] | None, typer.Option(help="Simulated: a model's name. [simulated, llama2]", metavar="NAME")
+        list[str] | None,
+        typer.Option(help="Simulated: a model, and its size, else 1GB. [simulated, llama2]", metavar="NAME[=SIZE]"),
     ] = None,
     log_level: LogLevelOption = None,
     log_format: LogFormatOption = None,
@@ -52,17 +70,22 @@ def engine(
 
     async def start(stop: asyncio.Event) -> int:
         if simulated:
+            models = dict(_sized(given) for given in sim_model or Settings().models)
             settings = Settings(
                 tokens_per_s=tokens_per_s,
+                slowdown=slowdown,
                 first_token_s=first_token_s,
+                prefill_tokens_per_s=prefill_tokens_per_s,
+                cache_prompts=cache_prompts,
                 load_s=load_s,
+                load_bytes_per_s=byte_count(load_rate, "--load-rate") if load_rate else 0,
+                memory_bytes=byte_count(memory, "--memory") if memory else 0,
+                loaded_max=loaded_max,
                 slots=slots or Settings().slots,
-                models=sim_model or Settings().models,
+                models=tuple(models),
+                sizes_bytes=models,
             )
-            try:
-                backend: Backend = SimulatedBackend(settings)
-            except ValueError as error:
-                raise UsageError(f"--sim-model: {error}") from None
+            backend: Backend = SimulatedBackend(settings)
         else:
             try:
                 backend = await LlamaBackend.open(_files(model or []), slots=slots or 2)
@@ -82,6 +105,15 @@ def engine(
         return 0
 
     return process.run(start)
+
+
+def _sized(given: str) -> tuple[str, int]:
+    """A simulated model's full name and size."""
+    name, _, size = given.partition("=")
+    try:
+        return full_name(name), byte_count(size, f"--sim-model {name}") if size else MODEL_BYTES
+    except ValueError as error:
+        raise UsageError(f"--sim-model: {error}") from None
 
 
 def _files(models: list[str]) -> dict[str, Path]:

@@ -110,6 +110,8 @@ class Backend(Protocol):
     label: str
     """Said wherever the engine names itself."""
     loaded_max: int
+    memory_bytes: int
+    """What it has for models, by their `size_bytes`; 0: for any number."""
     library: Library | None
     """What adds and removes models, if they are not fixed."""
 

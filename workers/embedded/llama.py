@@ -101,6 +101,7 @@ class LlamaBackend:
 
     label = "embedded llama.cpp"
     loaded_max = 3
+    memory_bytes = 0
     library: Library | None = None
 
     def __init__(self, files: Sequence[_File], slots: int) -> None:

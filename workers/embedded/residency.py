@@ -4,8 +4,9 @@ Rules, after Ollama's scheduler (`server/sched.go`):
 1. A request holds one slot of its model's runner from grant to release. Requests beyond the slots wait in order of
    arrival; the 513th waiting one is refused with 503.
 2. A request for another context length than the loaded one reloads the model, once the running requests have ended.
-3. Models load one at a time. At `loaded_max` one leaves: an idle one before a busy one, then that with the shortest
-   keep_alive. A busy one gets no further requests and leaves when its running ones have ended.
+3. Models load one at a time. At `loaded_max`, or where the new one does not fit into memory beside them, one leaves: an
+   idle one before a busy one, then that with the shortest keep_alive. A busy one gets no further requests and leaves
+   when its running ones have ended.
 4. After its last request a model stays for its keep_alive (the last one given, else 5 minutes), then it is unloaded.
 5. When nobody waits for a load any more, the load is aborted.
 6. A runner that has died is forgotten; the next request loads anew.
@@ -46,6 +47,9 @@ class _Place:
     runner: Runner | None = None
     busy: int = 0
     served: int = 0
+    loads: int = 0
+    evicted: int = 0
+    evicted_busy: int = 0
     waiting: deque[tuple[asyncio.Future[Runner], int]] = field(default_factory=deque)
     loading: asyncio.Task[None] | None = None
     keep_alive_s: float = KEEP_ALIVE_S
@@ -130,7 +134,10 @@ class Residency:
         ]
 
     def slots(self) -> dict[str, dict[str, Any]]:
-        """Of every model used so far: its slots, how many are busy, how many requests wait, how many were served."""
+        """Of every model used so far: its slots, how many are busy, how many requests wait, how many were served.
+
+        And how often it was loaded, how often it left for another, and how often that had to wait for its requests.
+        """
         return {
             place.model.name: {
                 "loaded": place.runner is not None and place.runner.alive,
@@ -138,6 +145,9 @@ class Residency:
                 "busy": place.busy,
                 "waiting": len(place.waiting),
                 "served": place.served,
+                "loads": place.loads,
+                "evicted": place.evicted,
+                "evicted_busy": place.evicted_busy,
             }
             for place in self._places.values()
         }
@@ -198,9 +208,10 @@ class Residency:
         try:
             async with self._one_load:
                 self._unload(place)
-                await self._make_room()
+                await self._make_room(place.model.size_bytes)
                 place.keep_alive_s = KEEP_ALIVE_S
                 place.runner = await self._backend.load(place.model, context_length)
+                place.loads += 1
         except ApiError as error:
             log.warning("model %s did not load: %s", place.model.name, error.message)
             while place.waiting:
@@ -212,14 +223,20 @@ class Residency:
             self._rest(place)
             self._pump(place)
 
-    async def _make_room(self) -> None:
-        while len(resident := [place for place in self._places.values() if place.runner]) >= self._backend.loaded_max:
+    async def _make_room(self, size_bytes: int) -> None:
+        while resident := [place for place in self._places.values() if place.runner]:
+            needed = size_bytes + sum(place.model.size_bytes for place in resident)
+            fits = not self._backend.memory_bytes or needed <= self._backend.memory_bytes
+            if len(resident) < self._backend.loaded_max and fits:
+                return
             victim = min(resident, key=lambda place: (place.busy > 0, place.keep_alive_s, place.idle_since_s))
             victim.leaving = asyncio.Event()
             try:
                 if victim.busy:
+                    victim.evicted_busy += 1
                     await victim.leaving.wait()
                 self._unload(victim)
+                victim.evicted += 1
             finally:
                 victim.leaving = None
                 self._pump(victim)

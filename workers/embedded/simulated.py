@@ -10,8 +10,10 @@ To that end a prompt is first split into its base and the k tokens of the base's
 ways to split, the shortest base counts, which makes the rule hold wherever a stream was cut between tokens. Here a
 token is a word, so counts are words too.
 
-The clock. Token i is due at start + first_token_s + i / tokens_per_s. The schedule is absolute: a late token delays
-no other, and tokens that are due together leave together.
+The clock. Token i is due at start + first_token_s + reading + i / tokens_per_s. The schedule is absolute: a late token
+delays no other, and tokens that are due together leave together. Reading takes a prompt's words / prefill_tokens_per_s,
+less those with which one of the runner's last `cache_prompts` prompts, with its answer, began. Where n streams write at
+once on the engine, the clock of each goes 1 + slowdown · (n - 1) times slower.
 
 Requests. `num_predict` of 1 or more gives exactly that many tokens (100,000 at most) (done_reason "length");
 otherwise the answer ends by itself after `answer_tokens` in total (done_reason "stop"). `stop` strings and `seed` are
@@ -22,11 +24,11 @@ itself, see `wire.join_messages`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 import zlib
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -38,7 +40,7 @@ from workers.embedded.residency import BUSY
 from workers.embedded.wire import NS_PER_S, ApiError, Message, full_name, join_messages
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
 _ONSETS: Final = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
 _VOWELS: Final = ("a", "e", "i", "o")
@@ -49,6 +51,8 @@ _PIECES: Final = [Piece(token) for token in _TOKENS]
 _MASK: Final = 2**64 - 1
 
 CONTEXT_TOKENS: Final = 4096
+MODEL_BYTES: Final = 1_000_000_000
+EMBEDDING_MODEL_BYTES: Final = 50_000_000
 ANSWER_TOKENS_MAX: Final = 100_000
 _BATCH_MAX: Final = 64
 """Tokens sent at once when behind the schedule, so that streams at full speed take turns."""
@@ -110,12 +114,24 @@ class Settings:
 
     tokens_per_s: float = 0.0
     """Of one stream; 0 is as fast as it goes."""
+    slowdown: float = 0.0
+    """How much slower each other stream makes all of them."""
     first_token_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    """0: a prompt takes no time to read."""
+    cache_prompts: int = 4
+    """How many prompts each runner remembers."""
     load_s: float = 0.0
+    load_bytes_per_s: float = 0.0
+    """Loading takes `load_s`, and this on top; 0: nothing on top."""
+    memory_bytes: int = 0
+    """For models; 0: for as many as `loaded_max`."""
     slots: int = 4
     loaded_max: int = 3
     answer_tokens: int = 128
     models: Sequence[str] = ("simulated", "llama2")
+    sizes_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By a model's full name; of others 1 GB."""
     embedding_model: str = "simulated-embed"
     embedding_size: int = 32
     pull_bytes: int = 10_000_000
@@ -167,14 +183,20 @@ class SimulatedBackend:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self.faults = Faults()
+        self._pace = Pace(self.settings.slowdown)
         names = [full_name(name) for name in self.settings.models]
         self.models: dict[str, Model] = {
-            **{name: _model(name, "simulated", "completion") for name in names},
-            (name := full_name(self.settings.embedding_model)): _model(name, "simulated-embed", "embedding"),
+            **{name: self._make(name) for name in names},
+            (name := full_name(self.settings.embedding_model)): _model(
+                name, "simulated-embed", "embedding", EMBEDDING_MODEL_BYTES
+            ),
         }
         self.loaded_max = self.settings.loaded_max
-        make = partial(_model, family="simulated", capability="completion")
-        self.library: Library | None = Library(self.models, self.settings, self.faults, make)
+        self.memory_bytes = self.settings.memory_bytes
+        self.library: Library | None = Library(self.models, self.settings, self.faults, self._make)
+
+    def _make(self, name: str) -> Model:
+        return _model(name, "simulated", "completion", self.settings.sizes_bytes.get(name, MODEL_BYTES))
 
     def slots(self, model: Model) -> int:
         return 1 if "embedding" in model.capabilities else self.settings.slots
@@ -183,8 +205,11 @@ class SimulatedBackend:
         return num_ctx if num_ctx > 0 else CONTEXT_TOKENS
 
     async def load(self, model: Model, context_length: int) -> SimulatedRunner:
-        await asyncio.sleep(self.settings.load_s)
-        return SimulatedRunner(model, self.settings, self.faults, context_length)
+        load_s = self.settings.load_s
+        if self.settings.load_bytes_per_s:
+            load_s += model.size_bytes / self.settings.load_bytes_per_s
+        await asyncio.sleep(load_s)
+        return SimulatedRunner(model, self.settings, self.faults, context_length, self._pace)
 
     def inject(self, fault: bytes) -> list[Fault]:
         """A Fault as JSON. ApiError 400 for what is none, 503 when too many are pending."""
@@ -199,24 +224,81 @@ class SimulatedBackend:
         return self.faults.pending
 
 
+class Pace:
+    """The clock that streams write by: of n that write at once, each sees 1 / (1 + slowdown · (n - 1)) of time pass."""
+
+    def __init__(self, slowdown: float) -> None:
+        self._slowdown = slowdown
+        self._streams = 0
+        self._seen_s = 0.0
+        self._at_s = time.monotonic()
+
+    @property
+    def slowness(self) -> float:
+        return 1 + self._slowdown * max(0, self._streams - 1)
+
+    def now_s(self) -> float:
+        at_s = time.monotonic()
+        self._seen_s += (at_s - self._at_s) / self.slowness
+        self._at_s = at_s
+        return self._seen_s
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """One more stream for the length of the block."""
+        self.now_s()
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self.now_s()
+            self._streams -= 1
+
+
+class Cache:
+    """The last prompts that a runner read, word by word, each with its answer. The least recently used goes first."""
+
+    def __init__(self, prompts_max: int) -> None:
+        self._prompts_max = prompts_max
+        self._prompts: list[list[str]] = []
+
+    def missing(self, words: Sequence[str]) -> int:
+        """How many words of a prompt are to be read; one at least."""
+        known = 0
+        for other in self._prompts:
+            pairs = enumerate(zip(words, other, strict=False))
+            known = max(known, next((at for at, (a, b) in pairs if a != b), min(len(words), len(other))))
+        return max(1, len(words) - known)
+
+    def keep(self, words: list[str]) -> None:
+        """A prompt was read; what it goes on from is not kept beside it."""
+        others = [other for other in self._prompts if other != words[: len(other)]]
+        self._prompts = [*others, words][-self._prompts_max :] if self._prompts_max else []
+
+
 class SimulatedRunner:
     """A simulated model, loaded."""
 
     alive = True
 
-    def __init__(self, model: Model, settings: Settings, faults: Faults, context_length: int) -> None:
+    def __init__(self, model: Model, settings: Settings, faults: Faults, context_length: int, pace: Pace) -> None:
         self.context_length = context_length
         self.size_bytes = model.size_bytes
         self._model = model
         self._settings = settings
         self._faults = faults
+        self._pace = pace
+        self._cache = Cache(settings.cache_prompts)
 
     async def render(self, messages: list[Message], *, truncate: bool) -> str:
         return join_messages(messages)
 
     async def complete(self, request: Completion) -> AsyncGenerator[list[Piece] | FinalPart, None]:
         start_s = time.monotonic()
+        words = request.prompt.split()
         first_s, interval_s = self._settings.first_token_s, 0.0
+        if self._settings.prefill_tokens_per_s:
+            first_s += self._cache.missing(words) / self._settings.prefill_tokens_per_s
         if self._settings.tokens_per_s:
             interval_s = 1 / self._settings.tokens_per_s
         fault = self._faults.take(self._model.name)
@@ -231,26 +313,32 @@ class SimulatedRunner:
                 fault = None
         pieces, reason = self._answer(request)
         due_s = start_s + first_s
-        sent = 0
         end = min(fault.after, len(pieces)) if fault else len(pieces)
-        while sent < end:
-            now_s = time.monotonic()
-            if now_s < due_s + sent * interval_s:
-                await asyncio.sleep(due_s + sent * interval_s - now_s)
-                now_s = time.monotonic()
-            ready = _BATCH_MAX
-            if interval_s:
-                # A timer may fire a clock tick early; the token it was set for is due all the same.
-                ready = min(ready, max(1, int((now_s - due_s) / interval_s) + 1 - sent))
-            batch = pieces[sent : min(sent + ready, end)]
-            sent += len(batch)
-            yield batch
-            await asyncio.sleep(0)
+        if end and (early_s := due_s - time.monotonic()) > 0:
+            await asyncio.sleep(early_s)
+        pace, sent = self._pace, 0
+        with pace.writing():
+            begin_s = pace.now_s() - max(0.0, time.monotonic() - due_s)
+            while sent < end:
+                passed_s = pace.now_s() - begin_s
+                if passed_s < sent * interval_s:
+                    await asyncio.sleep((sent * interval_s - passed_s) * pace.slowness)
+                    passed_s = pace.now_s() - begin_s
+                ready = _BATCH_MAX
+                if interval_s:
+                    # A timer may fire a clock tick early; the token it was set for is due all the same.
+                    ready = min(ready, max(1, int(passed_s / interval_s) + 1 - sent))
+                batch = pieces[sent : min(sent + ready, end)]
+                sent += len(batch)
+                yield batch
+                await asyncio.sleep(0)
         if fault:
             await _fail(fault)
+        if self._settings.prefill_tokens_per_s:
+            self._cache.keep([*words, *(piece.text.strip() for piece in pieces)])
         prompt_ns = int(first_s * NS_PER_S)
         eval_ns = int((time.monotonic() - due_s) * NS_PER_S) if pieces else 0
-        yield FinalPart(reason, len(request.prompt.split()), prompt_ns, len(pieces), max(eval_ns, 0))
+        yield FinalPart(reason, len(words), prompt_ns, len(pieces), max(eval_ns, 0))
 
     def _answer(self, request: Completion) -> tuple[list[Piece], str]:
         seed = max(request.options.seed, 0)
@@ -302,12 +390,11 @@ def _cut(pieces: list[Piece], length: int) -> Iterator[Piece]:
         length -= len(piece.text)
 
 
-def _model(name: str, family: str, capability: str) -> Model:
-    size = {"completion": 1_000_000_000, "embedding": 50_000_000}[capability]
+def _model(name: str, family: str, capability: str, size_bytes: int) -> Model:
     return Model(
         name=name,
         digest=hashlib.sha256(f"simulated {name}".encode()).hexdigest(),
-        size_bytes=size,
+        size_bytes=size_bytes,
         modified_at="2026-01-01T00:00:00Z",
         family=family,
         parameter_size="1B" if capability == "completion" else "50M",

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from broker.core import BrokerCore
 from broker.events import Effect, Event, Forward, Garbled, Note, Overflowed, Received, Send, Side, Supply, Unreachable
+from broker.scheduler import Scheduler
 from broker.settings import BrokerSettings
 from broker.state import Request
 from common.errors import Code
@@ -69,12 +70,14 @@ def claim_of(rid: bytes, attempt: int, top: int = 0, *, ref: str = "", **more: A
 class Harness:
     """Feeds a `BrokerCore`; keeps the effects of the last event, and whatever each peer was sent since it was asked."""
 
-    def __init__(self, *, nonce: int = NONCE, now: float = 100.0, **settings: Any) -> None:
+    def __init__(
+        self, *, nonce: int = NONCE, now: float = 100.0, scheduler: Scheduler | None = None, **settings: Any
+    ) -> None:
         self.now = now
         # Unless a test is about it, a broker that has been up for long: it knows which models there are.
         settings.setdefault("settle_s", 0.0)
         self.nonce = nonce
-        self.core = BrokerCore(BrokerSettings(**settings), nonce=nonce, now=self.now)
+        self.core = BrokerCore(BrokerSettings(**settings), nonce=nonce, now=self.now, scheduler=scheduler)
         self.effects: list[Effect] = []
         self._sent: dict[bytes, list[tuple[Any, bytes]]] = {}
         self.tick()

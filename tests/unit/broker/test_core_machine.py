@@ -189,7 +189,13 @@ class Fabric(RuleBasedStateMachine):
 
     def broker(self, now: float, nonce: int) -> Harness:
         bounds: dict[str, Any] = {"queue_max": 8, "ended_max": 3}
-        times = {"settle_s": 1.0, "unserved_s": 4.0, "ack_s": 20.0, "recover_s": 3.0, "gateway_grace_s": 5.0}
+        times: dict[str, Any] = {
+            "settle_s": 1.0,
+            "unserved_s": 4.0,
+            "ack_s": 20.0,
+            "recover_s": 3.0,
+            "gateway_grace_s": 5.0,
+        }
         return Harness(nonce=nonce, now=now, **bounds, **times)
 
     # The wire ---------------------------------------------------------------------------------------------------------

@@ -103,12 +103,12 @@ def test_an_estimate_is_put_right_by_what_it_was() -> None:
     lane.run("a1", 500.0)
     lane.run("b1", 100.0)
     assert lane.firsts() == ["b2", "a2"]
-    lane.line.end("a", -450.0)
+    lane.line.end("a", 500.0, 50.0)
     assert lane.line.counters() == {"a": 50.0, "b": 100.0}
     assert lane.firsts() == ["a2", "b2"]
-    lane.line.end("b", 0.0)
+    lane.line.end("b", 100.0, 100.0)
     lane.line.begin("b", 10.0, 1.0)
-    lane.line.end("b", -90.0)
+    lane.line.end("b", 100.0, 10.0)
     assert lane.firsts() == ["b2", "a2"]
 
 
@@ -128,7 +128,7 @@ def test_a_debt_stays() -> None:
     lane = Lane("a1", "b1", "b2", "b3", "b4")
     lane.run("a1", 350.0)
     lane.run("b1")
-    lane.line.end("a", 0.0)
+    lane.line.end("a", 100.0, 100.0)
     lane.add("a2")
     assert lane.drain() == ["b2", "b3", "b4", "a2"]
 
@@ -140,18 +140,18 @@ def test_who_comes_to_an_empty_line_begins_where_the_last_one_had_its_turn() -> 
     lane.add("b1")
     lane.add("b2")
     lane.add("b3")
-    assert lane.drain() == ["a4", "b1", "b2", "b3"]
+    assert lane.drain() == ["b1", "a4", "b2", "b3"]
 
 
 def test_a_lease_that_was_claimed_makes_its_client_known_where_the_others_are() -> None:
     lane = Lane("a1", "a2")
     lane.drain()
     lane.line.begin("c", 50.0, 1.0)
-    assert lane.line.counters() == {"a": 200.0, "c": 250.0}
-    lane.line.end("c", 0.0)
+    assert lane.line.counters() == {"a": 200.0, "c": 150.0}
+    lane.line.end("c", 50.0, 50.0)
     assert not lane.line.idle
-    lane.line.end("a", 0.0)
-    lane.line.end("a", 0.0)
+    lane.line.end("a", 100.0, 100.0)
+    lane.line.end("a", 100.0, 100.0)
     assert lane.line.idle
 
 
@@ -162,7 +162,7 @@ def test_who_could_not_run_is_not_owed_all_of_it() -> None:
         lane.add(f"a{number}")
         assert lane.firsts(barred="capped") == [f"a{number}"]
         lane.run(f"a{number}")
-        lane.line.end("a", 0.0)
+        lane.line.end("a", 100.0, 100.0)
     for number in range(20):
         lane.add(f"fresh{number}")
     turns = [lane.next() for _ in range(int(LAG_DEAREST) + 3)]
@@ -174,8 +174,10 @@ def test_nobody_is_passed_by_for_ever_by_clients_that_are_new() -> None:
     lane.run("debtor0", 1000.0)
     for number in range(1, 2000):
         lane.add(f"new{number}", client=f"new{number}", now=NOW)
-        if lane.next() == "debtor1":
+        name = lane.next()
+        if name == "debtor1":
             break
+        lane.line.end(lane.requests[name].submit.client, 100.0, 100.0)
     assert 8 <= number < 1000
 
 
@@ -213,7 +215,7 @@ def test_the_service_of_clients_that_always_wait_differs_by_no_more_than_what_ru
     for _ in range(300):
         if len(running) == slots:
             name, charged, cost = running.pop(rng.randrange(slots))
-            lane.line.end(name, cost - charged)
+            lane.line.end(name, charged, cost)
             served[name] += cost / weight_of[name]
             assert max(served.values()) - min(served.values()) <= bound
         entry = next(iter(lane.line.candidates(NOW, lambda _: True)))
@@ -286,7 +288,7 @@ def test_nobody_waits_for_ever(seed: int, priority: str) -> None:
             client = rng.choice("abcde")
             lane.add(f"r{number}", client=client, priority=rng.choice(["interactive", "normal"]), now=now)
         name = lane.next(now)
-        lane.line.end(lane.requests[name].submit.client, rng.uniform(-50.0, 50.0))
+        lane.line.end(lane.requests[name].submit.client, 100.0, rng.uniform(50.0, 150.0))
         now += 1.0
     assert waiting
 
@@ -331,9 +333,9 @@ def test_whoever_stops_looking_leaves_all_turns_as_they_were() -> None:
 def test_turns_from_before_a_change_count_once() -> None:
     lane = Lane("a1", "a2", "b1")
     lane.run("a1", 100.0)
-    lane.line.end("a", -100.0)
+    lane.line.end("a", 100.0, 0.0)
     lane.line.begin("a", 100.0, 1.0)
-    lane.line.end("a", -100.0)
+    lane.line.end("a", 100.0, 0.0)
     assert sorted(lane.firsts()) == ["a2", "b1"]
 
 
@@ -341,7 +343,7 @@ def test_what_is_put_back_is_there_once() -> None:
     """A request that is queued again at the counter it had makes a turn like the one it had."""
     lane = Lane("a1", "b1")
     lane.run("a1")
-    lane.line.end("a", -100.0)
+    lane.line.end("a", 100.0, 0.0)
     lane.line.add(lane.requests["a1"], 100.0, NOW)
     lane.line.discard(lane.requests["a1"])
     lane.line.add(lane.requests["a1"], 100.0, NOW)
@@ -459,7 +461,7 @@ def test_the_line_is_what_was_added_and_not_discarded(seed: int) -> None:
         else:
             for client in [client for client, count in running.items() if count]:
                 running[client] -= 1
-                lane.line.end(client, float(rng.randint(-5, 5)))
+                lane.line.end(client, 5.0, float(rng.randint(0, 10)))
         now += rng.choice([0.0, 1.0, 10.0])
         assert {request.submit.ref for request in lane.line} == set(waiting)
         assert len(lane.line) == len(waiting)
@@ -477,7 +479,7 @@ def test_stale_entries_are_bounded() -> None:
         lane.add(f"a{number}", now=NOW + number / 1000)
         lane.discard(f"a{number}")
         lane.line.begin("keeps", 1.0, 1.0)
-        lane.line.end("keeps", 0.0)
+        lane.line.end("keeps", 1.0, 1.0)
     assert _heaps(lane.line) <= 2 * (SLACK + 4) + 2
     assert lane.firsts() == ["keeps1"]
     late = NOW + 2 * sum(AGES_S)
@@ -497,15 +499,17 @@ def test_of_clients_that_are_away_those_with_the_largest_debts_are_remembered(mo
     monkeypatch.setattr(order, "SLACK", 8)
     lane = Lane()
     lane.line._clients_max = 8
-    lane.add("stays", client="stays")
-    for number in range(500):
+    for number in range(50):
+        lane.add(f"stays{number}", client=f"stays{number}")
+    for number in range(600):
         name = f"c{number}"
         lane.add(name, client=name)
-        lane.run(name, 1000.0 if 490 <= number < 495 else 1.0)
-        lane.line.end(name, 0.0)
+        cost = 1000.0 if 490 <= number < 495 else 1.0
+        lane.run(name, cost)
+        lane.line.end(name, cost, cost)
     counters = lane.line.counters()
-    assert len(counters) < 40
-    assert {f"c{number}" for number in range(490, 495)} | {"stays"} <= set(counters)
+    assert len(counters) < 200
+    assert {f"c{number}" for number in range(490, 495)} | {f"stays{number}" for number in range(50)} <= set(counters)
 
 
 def test_a_client_that_runs_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +520,7 @@ def test_a_client_that_runs_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) ->
         lane.add(name, client=name)
         lane.run(name)
     for number in range(100):
-        lane.line.end(f"c{number}", 0.0)
+        lane.line.end(f"c{number}", 100.0, 100.0)
     assert lane.line.idle
 
 

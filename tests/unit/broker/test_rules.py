@@ -24,7 +24,7 @@ def allowed(*texts: str, model: str = "llama2:7b", client: str = "alice") -> lis
 
 
 def test_without_rules_everything_is_allowed() -> None:
-    assert not Rules(())
+    assert Rules(()).matching("m:latest", "alice") == ()
     assert allowed() == ["gpu1", "gpu2", "cpu"]
 
 
@@ -45,8 +45,14 @@ def test_without_rules_everything_is_allowed() -> None:
     ],
 )
 def test_a_rule(rule: str, expected: list[str]) -> None:
-    assert Rules((rule,))
     assert allowed(rule) == expected
+
+
+def test_rules_are_for_those_that_match() -> None:
+    checked = Rules(("model=llama* on site=berlin", "client=alice not gpu=h100", "client=bob on gpu=a10"))
+    assert [rule.label for rule in checked.matching("llama2:7b", "alice")] == ["site=berlin", "gpu=h100"]
+    assert [rule.label for rule in checked.matching("m:latest", "bob")] == ["gpu=a10"]
+    assert checked.matching("m:latest", "carol") == ()
 
 
 def test_all_rules_that_match_must_agree() -> None:

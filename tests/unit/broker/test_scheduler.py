@@ -223,3 +223,64 @@ def test_an_operation_on_an_engine_that_is_nowhere() -> None:
     h.submit("pull", model=engine_name("w9", "http://e9"))
     (failed,) = h.told(Failed)
     assert failed.code is Code.MODEL_NOT_FOUND
+
+
+# The simple one, by which the others are judged -----------------------------------------------------------------------
+
+
+def simple(**engines: Engine) -> Harness:
+    h = Harness(scheduler=WarmFirst())
+    h.gateway("g1")
+    for name, one in engines.items():
+        h.worker(name, one)
+    return h
+
+
+def test_simply_first_come_first_served_on_warm_hosts_first() -> None:
+    h = simple(w1=engine("m:latest"), w2=warm())
+    h.submit("r1", client="zoe")
+    h.submit("r2", client="alice")
+    h.submit("r3", client="zoe", priority="batch")
+    h.submit("r4", client="alice", priority="interactive")
+    assert [where(h, f"r{number}") for number in range(1, 5)] == ["w2", "w1", "queue", "queue"]
+    h.started(rid_of("r1"), h.request(rid_of("r1")).attempt, peer=b"w2")
+    h.end(rid_of("r1"), h.request(rid_of("r1")).attempt, 0, peer=b"w2")
+    assert [where(h, name) for name in ("r3", "r4")] == ["w2", "queue"]
+
+
+def test_simply_positions_and_no_times() -> None:
+    h = simple(w1=engine("m:latest", "n:latest"))
+    for number in range(5):
+        h.submit(f"r{number}", deadline_ms=60_000)
+    h.submit("s1", model="n:latest")
+    h.submit("s2", model="n:latest")
+    assert [(o.request.submit.ref, o.position) for o in h.core.scheduler.outlooks(h.now, 3)] == [
+        ("r1", 1),
+        ("r2", 2),
+        ("r3", 3),
+    ]
+    assert len(list(h.core.scheduler.outlooks(h.now, 100))) == 5
+    assert h.core.scheduler.outlook(h.request(rid_of("r2")), h.now).eta_s is None
+    assert h.core.scheduler.backlog_s("m:latest", h.now) is None
+    assert set(h.core.scheduler.models()) == {"m:latest", "n:latest"}
+    h.unreachable(b"w1")
+    h.end(rid_of("r0"), h.request(rid_of("r0")).attempt, 0)
+    assert where(h, "r1") == "queue"
+
+
+def test_simply_a_refusal_pauses_and_a_failure_goes_elsewhere() -> None:
+    h = simple(w1=warm(), w2=replace(warm(), models_max=1))
+    rid = h.submit("r1")
+    h.refused(rid, h.request(rid).attempt)
+    assert where(h, "r1") == "w2"
+    h.failed(rid, h.request(rid).attempt, retryable=True, peer=b"w2")
+    assert where(h, "r1") == "queue"
+    h.wait(1.0)
+    assert where(h, "r1") == "w1"
+    h.failed(rid, h.request(rid).attempt, retryable=True)
+    assert where(h, "r1") == "w1"
+    for name, model in (("r2", "n:latest"), ("r3", "n:latest"), ("r4", "m:latest")):
+        h.submit(name, model=model)
+    assert [where(h, name) for name in ("r2", "r3", "r4")] == ["w2", "w1", "queue"]
+    h.bye(b"w2")
+    assert where(h, "r2") == "queue"

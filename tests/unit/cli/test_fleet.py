@@ -13,8 +13,9 @@ from common.protocol import Admin, Beat, Engine, Error, Host, Job, Message, Mode
 from tests.unit.cli.conftest import BrokerOf
 
 LLAMA = Model(name="llama2:latest", digest="d1", slots=2, resident=True, size_bytes=7)
+MIXTRAL = Model(name="mixtral:latest", digest="d3")
 EMBED = Model(name="nomic-embed-text:latest", digest="d2", embedding=True)
-OLLAMA = Engine(url="http://127.0.0.1:11434", version="0.33.0", models=(LLAMA, EMBED))
+OLLAMA = Engine(url="http://127.0.0.1:11434", version="0.33.0", memory_bytes=24 * 2**30, models=(LLAMA, EMBED))
 HOSTS = Snapshot(
     id=1,
     what="hosts",
@@ -35,12 +36,26 @@ def test_hosts_as_text(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) 
     ]
 
 
+def test_hosts_with_labels_and_what_they_load(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(url=OLLAMA.url, models=(LLAMA, MIXTRAL))
+    labelled = Host(name="gpu-3", engines=(engine,), busy={OLLAMA.url: {"d3": 1}}, labels=("gpu=a100", "site=b"))
+    with broker_of(Snapshot(id=1, what="hosts", hosts=(labelled, Host(name="gpu-4", engines=())))) as address:
+        assert main(["hosts", "--broker", address]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "HOST   STATE  SEEN   ENGINE  AT               BUSY  MODELS (BUSY/SLOTS)                     LABELS",
+        "gpu-3  up     0.0 s  ollama  127.0.0.1:11434  1     llama2 0/2 loaded, mixtral 1/1 loading  gpu=a100, site=b",
+        "gpu-4  down   0.0 s  -       -                0     no engine",
+    ]
+
+
 def test_hosts_as_json(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> None:
     with broker_of(HOSTS) as address:
         assert main(["hosts", "--broker", address, "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert (first["name"], first["draining"], first["heartbeatAgeMs"]) == ("gpu-1", True, 400)
+    assert first["labels"] == []
     (engine,) = first["engines"]
+    assert (engine["memoryBytes"], engine["modelsMax"]) == (24 * 2**30, None)
     assert (engine["kind"], engine["version"], engine["up"], engine["busy"]) == ("ollama", "0.33.0", True, 1)
     llama, embed = engine["models"]
     assert llama == {
@@ -71,7 +86,16 @@ REQUESTS = Snapshot(
     queued=3,
     running=1,
     jobs=(
-        Job(rid=b"\3" * 16, client="bob", ref="r3", model="llama2", state="queued", age_ms=10, position=2),
+        Job(
+            rid=b"\3" * 16,
+            client="bob",
+            ref="r3",
+            model="llama2",
+            state="queued",
+            age_ms=10,
+            position=2,
+            priority="batch",
+        ),
         Job(
             rid=b"\2" * 16,
             client="bob",
@@ -93,6 +117,7 @@ REQUESTS = Snapshot(
             engine=OLLAMA.url,
             attempt=1,
             events=7,
+            priority="interactive",
         ),
     ),
 )
@@ -103,10 +128,10 @@ def test_ps_as_text(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> 
         assert main(["ps", "--broker", address]) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
-        "REQUEST       STATE                AGE    MODEL   CLIENT  HOST   EVENTS",
-        "010101010101  streaming            12 s   llama2  ann     gpu-1  7",
-        "020202020202  queued #1, in 4.5 s  3 min  llama2  bob     -      0",
-        "030303030303  queued #2            0.0 s  llama2  bob     -      0",
+        "REQUEST       STATE                    AGE    MODEL   CLIENT  HOST   EVENTS",
+        "010101010101  streaming (interactive)  12 s   llama2  ann     gpu-1  7",
+        "020202020202  queued #1, in 4.5 s      3 min  llama2  bob     -      0",
+        "030303030303  queued #2 (batch)        0.0 s  llama2  bob     -      0",
     ]
     assert "1 more" in shown.err
 
@@ -123,6 +148,7 @@ def test_ps_as_json(broker_of: BrokerOf, capsys: pytest.CaptureFixture[str]) -> 
         "state": "streaming",
         "position": None,
         "etaMs": None,
+        "priority": "interactive",
         "ageMs": 12_345,
         "host": "gpu-1",
         "engine": OLLAMA.url,

@@ -12,6 +12,7 @@ from common.config import (
     PositiveSeconds,
     Seconds,
     Settings,
+    byte_count,
     host_port,
     refuse_exposed,
     refuse_unbindable,
@@ -33,6 +34,35 @@ class Oven(Settings, frozen=True):
     racks: Amount = 1
     bake_s: PositiveSeconds = 1.0
     rest_s: Seconds = 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24Gi", 24 * 2**30),
+        ("1.5 GB", 1_500_000_000),
+        ("500M", 500_000_000),
+        ("1024", 1024),
+        (" 2kB ", 2000),
+        ("1EiB", None),
+        ("1024PiB", 2**60),
+        ("1025PiB", None),
+        ("0", None),
+        ("1000", None),
+        ("-1GB", None),
+        ("1e9", None),
+        ("GB", None),
+        ("", None),
+        ("²GB", None),
+    ],
+)
+def test_amounts_of_memory(text: str, count: int | None) -> None:
+    if count is not None:
+        assert byte_count(text, "--memory") == count
+        return
+    with pytest.raises(UsageError, match="--memory must be an amount of memory"):
+        byte_count(text, "--memory")
 
 
 def load(

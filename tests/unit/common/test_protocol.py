@@ -184,6 +184,16 @@ def test_numbers_that_could_not_be_added_up_are_refused(header: dict[str, object
         protocol.from_worker.decode(framed(header))
 
 
+def test_a_model_that_has_no_slot_is_refused() -> None:
+    """A broker could never tell when one is free."""
+    model = {"name": "m:latest", "digest": "d", "slots": 0}
+    header = {"t": "state", "engines": [{"url": "http://e1", "models": [model]}]}
+    with pytest.raises(ProtocolError, match="slots"):
+        protocol.from_worker.decode(framed(header))
+    model["slots"] = 1
+    assert protocol.from_worker.decode(framed(header))[0]
+
+
 def test_an_unknown_code_is_refused() -> None:
     with pytest.raises(ProtocolError, match="enum value 'NO_SUCH_CODE'"):
         protocol.from_worker.decode(framed({"t": "error", "code": "NO_SUCH_CODE", "message": ""}))

@@ -16,7 +16,7 @@ from broker.core import POSITIONS_INTERVAL_S
 from broker.settings import BrokerSettings
 from common import protocol
 from common.errors import Code
-from gateway import auth, autopull, messages, session
+from gateway import auth, autopull, fleet_api, messages, session
 from gateway.protocols import Limits
 from gateway.settings import GatewaySettings
 from gateway.store import Client
@@ -199,6 +199,8 @@ FIXED: dict[str, float] = {
     "Message before authentication": Limits().stranger_bytes_max,
     "Values (strings, numbers, lists, maps) in a message over 256 KiB": messages.VALUES_MAX,
     "Request body to the engine": protocol.BODY_BYTES_MAX,
+    "Request for an operation on models, over HTTP": fleet_api.REQUEST_BYTES_MAX,
+    "Time a body may stop coming for, if it came fast before": Limits().body_credit_s,
     "Age of a challenge": auth.CHALLENGE_S,
     "Time between the server's pings, and for the pong": Limits().ping_interval_s,
     "Ping, pong and tiny fragment frames in a burst": Limits().control_burst,

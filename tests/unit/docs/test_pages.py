@@ -39,7 +39,7 @@ def test_the_messages_of_the_wire_are_listed_by_direction() -> None:
 
 
 def test_the_metrics_are_listed() -> None:
-    upstream: Any = SimpleNamespace(fleet=protocol.Snapshot(), streams=0, connected=True)
+    upstream: Any = SimpleNamespace(fleet=protocol.Snapshot(), streams=0, waiting=0, connected=True)
     families = text_string_to_metric_families(Metrics(upstream).render().decode())
     offered = {
         family.name + ("_total" if family.type == "counter" else ""): family.type

@@ -14,11 +14,11 @@ from workers.embedded.residency import BUSY, WAITING_MAX, Residency
 from workers.embedded.wire import ApiError, Message
 
 
-def model(name: str, digest: str = "") -> Model:
+def model(name: str, digest: str = "", size_bytes: int = 1) -> Model:
     return Model(
         name=name,
         digest=digest or name,
-        size_bytes=1,
+        size_bytes=size_bytes,
         modified_at="",
         family="f",
         parameter_size="1",
@@ -60,6 +60,7 @@ class FakeBackend:
     label = "fake"
     models: dict[str, Model] = field(default_factory=dict)
     loaded_max: int = 2
+    memory_bytes: int = 0
     library: Library | None = None
     slots_each: int = 1
     loads: list[str] = field(default_factory=list)
@@ -152,7 +153,7 @@ async def test_requests_beyond_the_slots_wait_in_order() -> None:
         await one.granted.wait()
         await two.granted.wait()
         await settle()
-        assert state(residency, A.name) == {"loaded": True, "slots": 2, "busy": 2, "waiting": 2, "served": 0}
+        assert state(residency, A.name).items() >= {"loaded": True, "slots": 2, "busy": 2, "waiting": 2}.items()
         await one.finish()
         await three.granted.wait()
         assert not four.granted.is_set()
@@ -160,7 +161,16 @@ async def test_requests_beyond_the_slots_wait_in_order() -> None:
         await four.granted.wait()
         await two.finish()
         await four.finish()
-        assert state(residency, A.name) == {"loaded": True, "slots": 2, "busy": 0, "waiting": 0, "served": 4}
+        assert state(residency, A.name) == {
+            "loaded": True,
+            "slots": 2,
+            "busy": 0,
+            "waiting": 0,
+            "served": 4,
+            "loads": 1,
+            "evicted": 0,
+            "evicted_busy": 0,
+        }
 
 
 async def test_the_queue_is_bounded() -> None:
@@ -245,6 +255,24 @@ async def test_an_idle_model_leaves_for_another_the_shortest_keep_alive_first() 
             async with residency.lease(wanted, 0, keep_alive_s):
                 pass
         assert {entry["name"] for entry in residency.ps()} == {A.name, C.name}
+        assert [state(residency, one.name)["evicted"] for one in (A, B, C)] == [0, 1, 0]
+
+
+async def test_what_does_not_fit_into_memory_makes_as_many_leave_as_it_takes() -> None:
+    small, other, large, huge = (
+        model(name, size_bytes=size) for name, size in (("s", 3), ("o", 4), ("l", 7), ("h", 99))
+    )
+    async with opened(FakeBackend(loaded_max=5, memory_bytes=10)) as (residency, _):
+        for wanted, there in (
+            (small, {"s"}),
+            (other, {"s", "o"}),
+            (large, {"l"}),
+            (small, {"s", "l"}),
+            (huge, {"h"}),
+        ):
+            async with residency.lease(wanted, 0, None):
+                assert {entry["name"] for entry in residency.ps()} == there
+        assert {name: entry["evicted"] for name, entry in residency.slots().items()} == {"s": 2, "o": 1, "l": 1, "h": 0}
 
 
 async def test_a_busy_model_gets_nothing_new_and_leaves_when_its_requests_end() -> None:
@@ -261,6 +289,7 @@ async def test_a_busy_model_gets_nothing_new_and_leaves_when_its_requests_end() 
         await running.finish()
         await other.granted.wait()
         assert backend.loads == [A.name, B.name]
+        assert (state(residency, A.name)["evicted"], state(residency, A.name)["evicted_busy"]) == (1, 1)
         await other.finish()
         await late.granted.wait()
         await late.finish()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from workers.embedded.simulated import Fault, Faults, embedding, token, transcript
+from workers.embedded.simulated import Cache, Fault, Faults, Pace, embedding, token, transcript
 
 PROMPTS = st.text(max_size=60)
 SEEDS = st.integers(0, 2**31)
@@ -52,3 +52,40 @@ def test_faults_happen_in_order_to_the_models_they_are_for() -> None:
     assert faults.take("mine:latest") is None
     assert faults.take("other:latest") is second
     assert faults.pending == []
+
+
+def test_beginnings_that_were_read_are_not_read_again() -> None:
+    cache = Cache(2)
+    assert cache.missing([*"abc"]) == 3
+    cache.keep([*"abcxy"])  # with its answer
+    assert cache.missing([*"abcxyz"]) == 1
+    assert cache.missing([*"abq"]) == 1
+    assert cache.missing([*"qabc"]) == 4
+    assert cache.missing([*"abc"]) == 1, "the last is read in any case"
+    cache.keep([*"abcxyz"])  # goes on from it, and takes its place
+    cache.keep([*"mno"])
+    assert cache.missing([*"abcxyzw"]) == 1
+    cache.keep([*"pqr"])
+    assert cache.missing([*"abcxyzw"]) == 7, "that was too long ago"
+    assert cache.missing([*"mnop"]) == 1
+
+
+def test_without_room_nothing_is_remembered() -> None:
+    cache = Cache(0)
+    cache.keep([*"abc"])
+    assert cache.missing([*"abc"]) == 3
+
+
+def test_streams_that_write_at_once_slow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    pace = Pace(0.5)
+    with pace.writing():
+        clock += 2
+        assert pace.now_s() == pytest.approx(2)
+        with pace.writing():
+            assert pace.slowness == pytest.approx(1.5)
+            clock += 3
+            assert pace.now_s() == pytest.approx(4)
+        clock += 1
+        assert pace.now_s() == pytest.approx(5)

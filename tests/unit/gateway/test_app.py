@@ -15,7 +15,7 @@ import websockets
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from common.errors import Code, FabricError
+from common.errors import Code, FabricError, ProcessError
 from gateway import app
 from gateway.app import Gateway
 from gateway.auth import Authenticator, load_public_key
@@ -173,3 +173,12 @@ async def test_a_revocation_between_look_up_and_log_in_counts(
     finally:
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
+
+
+# Its folders ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_folder_for_large_bodies_that_is_not_there_is_told_at_the_start(tmp_path: Path) -> None:
+    settings = GatewaySettings(listen="127.0.0.1:0", data_dir=tmp_path, spool_dir=tmp_path / "none")
+    with pytest.raises(ProcessError, match=r"spool_dir .*none, is no folder"):
+        await app.run(settings, asyncio.Event())

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from common.errors import Code, FabricError
+from gateway.excerpt import FIELD_BYTES_MAX, main
 from gateway.exchange import Ending, Gone, Room, attended, read_large
 from gateway.http_api import ANONYMOUS
 from gateway.spool import DISK_RESERVE_BYTES, SPOOL_AT, Spool, Spools
@@ -92,6 +94,78 @@ async def test_the_disk_is_not_filled(spools: Spools, monkeypatch: pytest.Monkey
     with pytest.raises(FabricError, match="disk is full"):
         await spool.write(b"123456")
     spool.close()
+
+
+async def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    spools = Spools(tmp_path / "none", MIB)
+    with pytest.raises(FabricError, match="cannot keep the request: No such file") as refused:
+        spools.check(1)
+    assert refused.value.code is Code.QUEUE_FULL
+
+
+async def test_some_fields_of_an_object_are_found(spools: Spools) -> None:
+    spool = Spool(spools)
+    await spool.write(b'{"messages":["%b"], "model" : "m","model":"n","options":{"stop": [1]}}' % (b"x" * MIB))
+    assert await spool.excerpt(["model", "MODEL", "options"]) == b'{"model":"n","options":{"stop": [1]}}'
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"[1]", "Expected `object`"),
+        (b'{"model":', "truncated"),
+        (b"[" * MIB, "Expected `object`"),
+        (b'{"x":' + b"[" * MIB, "recursion"),
+        (b'{"model":"' + b"x" * FIELD_BYTES_MAX + b'"}', "'model' has more than 65536 bytes"),
+    ],
+)
+async def test_of_what_cannot_be_read_there_is_no_excerpt(spools: Spools, body: bytes, words: str) -> None:
+    spool = Spool(spools)
+    await spool.write(body)
+    with pytest.raises(FabricError, match=words) as refused:
+        await spool.excerpt(["model"])
+    assert refused.value.code is Code.INVALID_MESSAGE
+    spool.close()
+
+
+@pytest.mark.parametrize("program", ["none", "false", "sh"])
+async def test_a_reader_that_fails_is_told(spools: Spools, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    spool = Spool(spools)
+    await spool.write(b"{}")
+    monkeypatch.setattr(sys, "executable", shutil.which(program) or "/none")
+    with pytest.raises(FabricError, match="this gateway cannot") as refused:
+        await spool.excerpt(["model"])
+    assert refused.value.code is Code.QUEUE_FULL
+    spool.close()
+
+
+async def test_a_reader_ends_with_whoever_waits_for_it(spools: Spools, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(spools)
+    await spool.write(b"{}")
+    fifo = spools.folder / "fifo"
+    os.mkfifo(fifo)
+    sleeper = spools.folder / "sleeper"
+    sleeper.write_text(f"#!/bin/sh\necho $$ > {fifo}\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    reading = asyncio.create_task(spool.excerpt(["model"]))
+    pid = int(await asyncio.to_thread(fifo.read_text))
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    spool.close()
+
+
+def test_the_reader_writes_what_it_found_or_why_it_did_not(tmp_path: Path, capfdbinary: Any) -> None:
+    for body, status, told in ((b'{"a":1,"b":2}', 0, b'{"b":2}'), (b"[]", 1, b"Expected `object`, got `array`")):
+        (tmp_path / "body").write_bytes(body)
+        with (tmp_path / "body").open("rb") as file:
+            assert main(["b"], file.fileno()) == status
+        sys.stdout.flush()
+        assert capfdbinary.readouterr().out == told
 
 
 async def test_a_disk_that_fails_is_told(spools: Spools, monkeypatch: pytest.MonkeyPatch) -> None:

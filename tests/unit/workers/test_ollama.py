@@ -100,6 +100,14 @@ async def test_models_with_slots_aliases_and_residency(ollama: Ollama, backend: 
     assert ollama.asked == ["/api/version", "/api/tags", "/api/ps"]  # a digest is looked at once
 
 
+async def test_what_the_operator_says_of_an_engine_is_passed_on(ollama: Ollama) -> None:
+    async with Backend(EngineAddress(URL, 4, 2, 24 * 2**30), 2.0) as backend:
+        await backend.client.aclose()
+        backend.client = httpx.AsyncClient(base_url=URL, transport=httpx.MockTransport(ollama))
+        await backend.poll()
+        assert (backend.engine.models_max, backend.engine.memory_bytes) == (2, 24 * 2**30)
+
+
 async def test_capabilities_decide_over_the_family(ollama: Ollama, backend: Backend) -> None:
     ollama.models = [listed("both", "d1"), listed("qwen-embed", "d2", "qwen3"), listed("bert-chat", "d3", "bert")]
     ollama.capabilities = {

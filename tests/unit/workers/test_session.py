@@ -54,6 +54,7 @@ from workers.session import (
     LEASE_OVERHEAD_BYTES,
     NOTES_MAX,
     PART_PATIENCE_S,
+    PART_PATIENCE_S_MAX,
     WANTS_MAX,
     Close,
     Drained,
@@ -1434,6 +1435,48 @@ def test_what_is_to_be_asked_for_waits_for_the_socket() -> None:
     assert [want for want in upload.rig.take() if isinstance(want, Want)] == [], "what came meanwhile is not asked for"
 
 
+def test_a_slow_line_is_not_filled_with_what_is_under_way_on_it() -> None:
+    upload = Upload()
+    rig, asked = upload.rig, Counter[int]()
+    line: list[tuple[float, int]] = []  # what is under way on it, and when it arrives: it takes 5 s for a part
+    free_at = rig.now
+    while len(asked) < len(BODY) / 10 or line:
+        for want in rig.take():
+            if isinstance(want, Want):
+                asked[want.offset] += 1
+                free_at = max(free_at, rig.now) + 5
+                line.append((free_at, want.offset))
+        rig.tick(rig.now + 0.5)
+        rig.handle(Beat())
+        while line and line[0][0] <= rig.now:
+            if upload.part(line.pop(0)[1]):
+                upload.taken()
+    assert set(asked) == set(range(0, len(BODY), 10))
+    assert asked.total() < 3 * len(asked)
+
+
+def test_patience_ends_when_a_line_is_fast_again() -> None:
+    upload = Upload(bytes(10 * 200))
+    rig = upload.rig
+    upload.wants()
+    rig.now += 1000
+    upload.part(0)
+    assert rig.session._patience_s == PART_PATIENCE_S_MAX
+    for offset in range(10, 10 * 200, 10):
+        upload.taken()
+        upload.wants()
+        upload.part(offset)
+    assert rig.session._patience_s == PART_PATIENCE_S
+
+
+def test_a_part_that_was_not_asked_for_yet_is_not_taken() -> None:
+    upload = Upload()
+    upload.rig.room = 0
+    assert upload.part(0) == []
+    upload.rig.room = None
+    assert upload.wants() == [0, 10, 20, 30]
+
+
 def test_while_there_is_no_broker_nothing_is_asked_and_then_all_that_did_not_come() -> None:
     upload = Upload(orphan_s=100.0)
     upload.wants()
@@ -1448,9 +1491,9 @@ def test_a_lease_whose_body_does_not_come_is_given_up() -> None:
     upload = Upload()
     rig = upload.rig
     upload.wants()
-    for _ in range(WANTS_MAX):
+    for _ in range(int(PART_PATIENCE_S * (2**WANTS_MAX - 1))):
         assert not any(isinstance(message, Failed) for message in rig.take())
-        rig.tick(rig.now + PART_PATIENCE_S)
+        rig.tick(rig.now + 1)
         rig.handle(Beat())
     failed = [message for message in rig.take() if isinstance(message, Failed)]
     assert [(f.code, f.retryable, f.seq) for f in failed] == [(Code.WORKER_LOST, True, 0)]

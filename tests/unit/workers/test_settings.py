@@ -46,6 +46,10 @@ def test_without_entries_the_environment_decides() -> None:
         EngineAddress("http://a:11434", 1, 2),
         EngineAddress("http://b:11434", 3, 5),
     )
+    assert engine_addresses(("a,memory=24GiB,slots=2", "b"), {}) == (
+        EngineAddress("http://a:11434", 2, 0, 24 * 2**30),
+        EngineAddress("http://b:11434"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,8 @@ def test_without_entries_the_environment_decides() -> None:
         ("a,slots=²",),
         ("a,slots=many",),
         ("a,models=0",),
+        ("a,memory=much",),
+        ("memory=1GiB",),
         ("models=2",),
         ("slots=2",),
         ("a", "http://a:11434"),
@@ -63,7 +69,7 @@ def test_without_entries_the_environment_decides() -> None:
     ],
 )
 def test_entries_that_are_wrong(entries: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError, match=r"slots|models|address|twice"):
+    with pytest.raises(UsageError, match=r"slots|models|memory|address|twice"):
         engine_addresses(entries, {})
 
 
