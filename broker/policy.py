@@ -228,6 +228,8 @@ class Demand:
     capacity: float = 0.0
     soonest: float = inf
     wants_load: bool = False
+    patient: bool = False
+    """Somebody waits for a busy runner, which another that waits may change."""
     better_at: float = -inf
     drains: Server | None = None
     kinds: Counter[Hashable] = field(default_factory=Counter)
@@ -331,7 +333,7 @@ class Policy(Scheduler):
         demand.kinds[entry.kind] += 1
         if not request.failures:
             demand.arrivals.add(now, entry.share)
-        if was_empty or demand.line.is_first(entry):
+        if was_empty or demand.patient or demand.line.is_first(entry):
             self._dirty[demand] = None
 
     def discard(self, request: Request) -> None:
@@ -477,7 +479,7 @@ class Policy(Scheduler):
         return None
 
     def _place(self, demand: Demand, now: float) -> Placement | None:
-        demand.wants_load = False
+        demand.wants_load = demand.patient = False
         demand.look(now)
         service_s = demand.slots / demand.capacity if demand.capacity else 0.0
 
@@ -499,6 +501,7 @@ class Policy(Scheduler):
                     server = option.runner.server
                     return Placement(entry.request, server.worker, server.url, option.runner.digest)
                 else:
+                    demand.patient = True
                     waiting += 1
                     if waiting == CANDIDATES_MAX:
                         break
