@@ -36,6 +36,8 @@ AGES_S: Final = (0.0, 30.0, 60.0)
 """How long a request waits in its class until it is raised to the next."""
 PATIENCE_S: Final = 60.0
 OUTPUT_WEIGHT: Final = 2.0
+OTHERS_HALF_LIFE_S: Final = 40.0
+"""Slots are kept free for others as long as they asked lately."""
 OTHERS_MIN: Final = 0.1
 """How many requests of others are to be expected during a service, so that slots are kept free for them."""
 LAG_DEAREST: Final = 4.0
@@ -81,7 +83,7 @@ class Client:
     weight: float = 1.0
     served: float = 0.0
     running: int = 0
-    arrivals: Arrivals = field(default_factory=Arrivals)
+    arrivals: Arrivals = field(default_factory=lambda: Arrivals(OTHERS_HALF_LIFE_S))
     queues: tuple[list[Place], list[Place], list[Place]] = field(default_factory=lambda: ([], [], []))
     at: list[int] = field(default_factory=lambda: [0, 0, 0])
 
@@ -102,7 +104,7 @@ class Line:
         self._rising: tuple[list[tuple[float, int, Entry]], ...] = ([], [], [])
         self._entries: dict[bytes, Entry] = {}
         self._counts = [0, 0, 0]
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(OTHERS_HALF_LIFE_S)
         self._served = 0.0  # where a client begins
         self._running = 0
         self._dearest = 0.0  # the most that a request was charged, by weight

@@ -161,11 +161,12 @@ class Rates:
 
 
 class Arrivals:
-    """How often something comes, per second: a count that halves every HALF_LIFE_S."""
+    """How often something comes, per second: a count that halves after each half-life."""
 
     HALF_LIFE_S: Final = 120.0
 
-    def __init__(self) -> None:
+    def __init__(self, half_life_s: float = HALF_LIFE_S) -> None:
+        self._half_life_s = half_life_s
         self._count = 0.0
         self._at = 0.0
 
@@ -174,7 +175,7 @@ class Arrivals:
         self._at = now
 
     def per_s(self, now: float) -> float:
-        return self._decayed(now) * log(2) / self.HALF_LIFE_S
+        return self._decayed(now) * log(2) / self._half_life_s
 
     def _decayed(self, now: float) -> float:
-        return self._count * exp(-log(2) * (now - self._at) / self.HALF_LIFE_S)
+        return self._count * exp(-log(2) * (now - self._at) / self._half_life_s)

@@ -534,9 +534,9 @@ def test_a_client_hogs_what_the_others_will_want() -> None:
         lane.add(f"b{number}", now=NOW + number)
     now = NOW + 20
     for number in range(4):
-        assert not lane.line.hogs("a", 8, 10.0, now)
+        assert not lane.line.hogs("a", 16, 10.0, now)
         lane.run(f"a{number}")
-    assert [lane.line.hogs("a", slots, 10.0, now) for slots in (4, 8, 9, 100)] == [True, False, False, False]
+    assert [lane.line.hogs("a", slots, 10.0, now) for slots in (4, 8, 9, 100)] == [True, True, False, False]
     assert not lane.line.hogs("b", 4, 10.0, now)
 
 
