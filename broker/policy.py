@@ -642,7 +642,10 @@ class Policy(Scheduler):
         self, demand: Demand, runner: Runner, load_s: float, service_s: float, lasts_s: float, now: float
     ) -> float:
         """How many seconds of waiting it saves all together to load one more runner of the model."""
-        waiting, arrivals = demand.line.pressure, demand.arrivals.per_s(now)
+        line, arrivals = demand.line, demand.arrivals.per_s(now)
+        waiting = (
+            line.pressure if lasts_s < ROOM_S else float(len(line))
+        )  # where there is room it costs nobody anything
         last_s = max(0.0, demand.soonest - now) + max(0.0, waiting - 1) / demand.capacity
         more = runner.slots / service_s
         now_s = waiting * max(0.0, last_s - load_s) / 2 * more / (demand.capacity + more)
