@@ -131,10 +131,10 @@ class Runner:
         return self.loaded and self.variant in (None, variant)
 
     def free_in(self, now: float) -> float:
-        """Seconds until a slot is free."""
+        """Seconds until a slot is free; one that should be since long is not expected before as long again."""
         if len(self.leases) < self.slots:
             return 0.0
-        return max(0.05, min(lease.ends for lease in self.leases.values()) - now)
+        return max(0.05, min(abs(lease.ends - now) for lease in self.leases.values()))
 
     def load_left_s(self, now: float) -> float:
         """Seconds until it is loaded, while it is being loaded."""
