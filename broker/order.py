@@ -36,9 +36,9 @@ AGES_S: Final = (0.0, 30.0, 60.0)
 """How long a request waits in its class until it is raised to the next."""
 PATIENCE_S: Final = 60.0
 OUTPUT_WEIGHT: Final = 2.0
-OTHERS_HALF_LIFE_S: Final = 40.0
+OTHERS_HALF_LIFE_S: Final = 20.0
 """Slots are kept free for others as long as they asked lately."""
-OTHERS_MIN: Final = 0.1
+OTHERS_MIN: Final = 0.2
 """How many requests of others are to be expected during a service, so that slots are kept free for them."""
 LAG_DEAREST: Final = 4.0
 """How many of the dearest requests a client may lag behind. Of those that can run none lags more than 2 (so VTC)."""
@@ -207,9 +207,13 @@ class Line:
                     heapq.heappush(turns, turn)
 
     def hogs(self, name: str, slots: int, service_s: float, now: float) -> bool:
-        """Whether a client with a long queue has all but those slots which the others will want during a service."""
+        """Whether a client with a long queue has all but those slots which absent others will want during a service.
+
+        Where others wait, turns decide, and so weights do.
+        """
         client = self._clients[name]
-        if 2 * client.running < slots or sum(map(len, client.queues)) < slots:
+        own = sum(map(len, client.queues))
+        if 2 * client.running < slots or own < slots or own < len(self._entries):
             return False
         others = (self._arrivals.per_s(now) - client.arrivals.per_s(now)) * service_s
         return others >= OTHERS_MIN and client.running >= slots - ceil(others + sqrt(others))

@@ -332,9 +332,11 @@ def local_ollama() -> str:
 
 async def ollama_version(url: str) -> str:
     """The version an Ollama server answers, "" if none does."""
+    from workers.settings import ollama_url
+
     async with httpx.AsyncClient(trust_env=False, timeout=PROBE_S) as client:
         try:
-            answer = await client.get(f"{url.split(',')[0].rstrip('/')}/api/version")
+            answer = await client.get(f"{ollama_url(url.split(',')[0])}/api/version")
             return str(answer.json()["version"]) if answer.status_code == 200 else ""
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
             return ""

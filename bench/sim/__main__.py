@@ -44,7 +44,10 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of what is drawn: models, clients, random policies.")] = 0,
     minutes: Annotated[float | None, typer.Option(min=0.0, help="Only requests of the first minutes. [all]")] = None,
     flood: Annotated[
-        float, typer.Option(min=0.0, help="One client asks so many times as much as all others in the middle third.")
+        float,
+        typer.Option(
+            min=0.0, max=100.0, help="One client asks so many times as much as all others in the middle third."
+        ),
     ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list of them for several.")] = False,
 ) -> int:
