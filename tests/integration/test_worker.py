@@ -67,7 +67,11 @@ class FakeBroker:
         self.peer = b""
         self._inbox: asyncio.Queue[tuple[Any, bytes]] = asyncio.Queue()
         self.socket = Socket("router", self._on_frame)
-        self.address = self.socket.bind(address)
+        try:
+            self.address = self.socket.bind(address)
+        except ProcessError:
+            self.socket.close()
+            raise
 
     def _on_frame(self, peer: bytes, frame: bytes) -> None:
         message, payload = protocol.from_worker.decode(frame)
