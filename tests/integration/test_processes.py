@@ -95,6 +95,8 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
         )
         url = gateway.find(r"listening url=(\S+)")[1]
         engine_urls = [engine.find(r"engine listening on (\S+)")[1] for engine in engines]
+        for engine_url in engine_urls:  # so that hosts are alike: one is not loaded for a short wait
+            httpx.post(f"{engine_url}/api/generate", json={"model": "llama2"}, trust_env=False).raise_for_status()
         workers = [
             start("workers", "--broker", listening[2], "--name", f"host-{n}", "--ollama", f"{engine_url},slots=2")
             for n, engine_url in enumerate(engine_urls, 1)
