@@ -16,6 +16,7 @@ from bench.sim.policies import POLICIES
 from broker.core import POSITIONS_INTERVAL_S, BrokerCore
 from broker.events import Effect, Received, Send, Side
 from broker.settings import BrokerSettings
+from common import process
 from common.command import run_command
 from common.errors import UsageError
 from common.protocol import Ack, Assign, Chunk, End, Engine, Hello, Message, Model, Register, Started, Stats, Submit
@@ -168,6 +169,7 @@ def cost(
     if policy not in POLICIES or policy == "oracle":
         raise UsageError(f"there is no policy {policy!r} to measure; there are: {', '.join(POLICIES)}")
     sizes = SIZES if hosts is None and queued is None else ((hosts or SIZES[0][0], queued or SIZES[0][1]),)
+    process.collect_rarely()  # as the broker does
     results = [measure(policy, *size) for size in sizes]
     if json:
         print(msgspec.json.format(msgspec.json.encode(results)).decode())
