@@ -906,7 +906,7 @@ class BrokerCore:
     def _take_up(self, request: Request, worker: Worker, claim: Claim, now: float) -> None:
         """The claimed attempt is the request's, instead of what was held before."""
         if request.phase is Phase.QUEUED:
-            self._unqueue(request)
+            self._unqueue(request, now)
         elif request.worker is not None:
             self._cancel_lease(request)
         if request.phase in RUNNING:
@@ -1032,8 +1032,8 @@ class BrokerCore:
         self._client_waiting[client] = self._client_waiting.get(client, 0) + 1
         self.scheduler.add(request, now)
 
-    def _unqueue(self, request: Request) -> None:
-        self.scheduler.discard(request)
+    def _unqueue(self, request: Request, now: float) -> None:
+        self.scheduler.discard(request, now)
         client = request.submit.client
         self._client_waiting[client] -= 1
         if not self._client_waiting[client]:
@@ -1054,7 +1054,7 @@ class BrokerCore:
                     continue
                 return
             request, worker = placement.request, placement.worker
-            self._unqueue(request)
+            self._unqueue(request, now)
             self.state.move(request, Phase.LEASED, worker=worker, engine=placement.engine, digest=placement.digest)
             self.scheduler.begun(request, now)
             request.ordinal += 1
@@ -1145,7 +1145,7 @@ class BrokerCore:
     def _discard(self, request: Request, now: float) -> None:
         """Forget a request whatever its state; nobody is told but its worker."""
         if request.phase is Phase.QUEUED:
-            self._unqueue(request)
+            self._unqueue(request, now)
         elif request.phase in RUNNING:
             self._cancel_lease(request)
         self._forget(request, now)
@@ -1184,7 +1184,7 @@ class BrokerCore:
         hopeless = {model for model in self.scheduler.models() if not self._hoped_for(model, now)}
         for request in list(self.scheduler) if hopeless else ():
             if request.submit.model in hopeless:
-                self._unqueue(request)
+                self._unqueue(request, now)
                 self._tell(request, self._unserved(request.rid, request.submit.model, request.attempt))
                 self._forget(request, now)
         if self.settings.rules:

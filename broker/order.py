@@ -11,8 +11,10 @@ Rules
   while others come that have none.
 - Nor does it earn anything not to be able to run, for want of a host that may be used or because of a limit: who lags
   further than fairness allows is owed no more than that.
-- A request of a higher priority comes before all of a lower one, of whichever client. Waiting raises it: after AGES_S a
-  batch request is treated as normal, a normal one as interactive. So nobody is passed by for ever.
+- A request of a higher priority comes before all of a lower one, of whichever client. Waiting raises it: if a client
+  has had no turn in its class for AGES_S, its first batch request there is treated as normal, its first normal one as
+  interactive. So nobody is passed by for ever. It is the client that has to wait so long, not the request: else the
+  backlog of one that floods would grow older than the others' requests, and come before them all.
 - Among the requests of a client that have one priority the one due first comes first: due is its deadline, and at the
   latest PATIENCE_S after it was accepted.
 
@@ -33,7 +35,7 @@ from broker.state import Request
 PRIORITIES: Final = {"interactive": 0, "normal": 1, "batch": 2}
 CLASSES: Final = range(3)
 AGES_S: Final = (0.0, 30.0, 60.0)
-"""How long a request waits in its class until it is raised to the next."""
+"""How long a client waits for a turn in a class until its first request is raised to the next."""
 PATIENCE_S: Final = 60.0
 OUTPUT_WEIGHT: Final = 2.0
 OTHERS_HALF_LIFE_S: Final = 20.0
@@ -50,14 +52,13 @@ SLACK: Final = 256
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A waiting request. `cost` in tokens as estimated; `rises_at` is when it comes into the next class."""
+    """A waiting request. `cost` in tokens as estimated."""
 
     request: Request
     client: "Client"
     rank: int
     due: float
     cost: float
-    rises_at: float
     share: float = 1.0
     """What it counts among those that wait: the more of its client wait already, the less."""
     patient_until: float = 0.0
@@ -77,7 +78,10 @@ Turn = tuple[float, float, float, bytes, int, Entry]
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A client in this line. `served`: its counter; `at`: where it is among those that wait in each class."""
+    """A client in this line. `served`: its counter; `at`: where it is among those that wait in each class.
+
+    `since`: when it came into each class, or had its last turn there.
+    """
 
     name: str
     weight: float = 1.0
@@ -86,6 +90,9 @@ class Client:
     arrivals: Arrivals = field(default_factory=lambda: Arrivals(OTHERS_HALF_LIFE_S))
     queues: tuple[list[Place], list[Place], list[Place]] = field(default_factory=lambda: ([], [], []))
     at: list[int] = field(default_factory=lambda: [0, 0, 0])
+    since: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    rises: list[bool] = field(default_factory=lambda: [False, False, False])
+    """Whether it is among those that may be raised."""
 
     @property
     def waits(self) -> bool:
@@ -101,7 +108,7 @@ class Line:
         self._clients_max = SLACK
         self._waiting: tuple[list[Client], ...] = ([], [], [])
         self._turns: tuple[list[Turn], ...] = ([], [], [])
-        self._rising: tuple[list[tuple[float, int, Entry]], ...] = ([], [], [])
+        self._rising: tuple[list[tuple[float, int, Client]], ...] = ([], [], [])
         self._entries: dict[bytes, Entry] = {}
         self._counts = [0, 0, 0]
         self._arrivals = Arrivals(OTHERS_HALF_LIFE_S)
@@ -138,21 +145,23 @@ class Line:
         due = request.accepted + PATIENCE_S
         if request.deadline is not None:
             due = min(due, request.deadline)
-        entry = Entry(request, client, rank, due, cost, request.accepted + AGES_S[rank])
+        entry = Entry(request, client, rank, due, cost)
         entry.share = 1 / (1 + sum(map(len, client.queues)))
         self.pressure += entry.share
         self._entries[request.rid] = entry
         self.cost += (cost - self.cost) / min(len(self._entries), 100)
-        self._insert(entry)
+        self._insert(entry, request.accepted)
         return entry
 
-    def discard(self, request: Request) -> Entry:
+    def discard(self, request: Request, now: float) -> Entry:
         """It waits no longer."""
         entry = self._entries.pop(request.rid)
-        self._withdraw(entry)
+        self._withdraw(entry, now)
         if not self._entries:
             for rank in CLASSES:
                 self._turns[rank].clear()
+                for _, _, client in self._rising[rank]:
+                    client.rises[rank] = False
                 self._rising[rank].clear()
         self.pressure = self.pressure - entry.share if self._entries else 0.0
         return entry
@@ -241,30 +250,30 @@ class Line:
         """What each client got here, in tokens by weight."""
         return {name: client.served for name, client in self._clients.items()}
 
-    def _insert(self, entry: Entry) -> None:
+    def _insert(self, entry: Entry, since: float) -> None:
         client, rank = entry.client, entry.rank
         queue, waiting = client.queues[rank], self._waiting[rank]
         if not queue:
             self._serve(client, max(client.served, self._served))
             client.at[rank] = len(waiting)
             waiting.append(client)
+            client.since[rank] = since
+            if rank and not client.rises[rank]:
+                client.rises[rank] = True
+                heapq.heappush(self._rising[rank], (since + AGES_S[rank], next(self._number), client))
         insort(queue, (*entry.key, entry))
         if queue[0][3] is entry:
             self._turn(client, rank)
-        self._counts[entry.rank] += 1
-        if entry.rank:
-            rising = self._rising[entry.rank]
-            heapq.heappush(rising, (entry.rises_at, next(self._number), entry))
-            if len(rising) > 2 * self._counts[entry.rank] + SLACK:
-                rising[:] = [one for one in rising if self._stands(one[2], entry.rank)]
-                heapq.heapify(rising)
+        self._counts[rank] += 1
 
-    def _withdraw(self, entry: Entry) -> None:
+    def _withdraw(self, entry: Entry, now: float) -> None:
         client, rank = entry.client, entry.rank
         queue, waiting = client.queues[rank], self._waiting[rank]
         index = bisect_left(queue, entry.key)
         del queue[index]
         self._counts[rank] -= 1
+        if not index:
+            client.since[rank] = now
         if not queue:
             last = waiting.pop()
             if last is not client:
@@ -272,20 +281,24 @@ class Line:
         elif not index:
             self._turn(client, rank)
 
-    def _stands(self, entry: Entry, rank: int) -> bool:
-        return entry.rank == rank and self._entries.get(entry.request.rid) is entry
-
     def _raise(self, now: float) -> None:
-        """Those that have waited long enough come into the next class."""
+        """The first requests of those that have waited long enough come into the next class."""
         for rank in (2, 1):
             rising = self._rising[rank]
-            while rising and (rising[0][0] <= now or not self._stands(rising[0][2], rank)):
-                _, _, entry = heapq.heappop(rising)
-                if self._stands(entry, rank):
-                    self._withdraw(entry)
+            while rising and rising[0][0] <= now:
+                _, number, client = rising[0]
+                queue, rises_at = client.queues[rank], client.since[rank] + AGES_S[rank]
+                if queue and rises_at <= now:
+                    entry = queue[0][3]
+                    self._withdraw(entry, now)
                     entry.rank -= 1
-                    entry.rises_at += AGES_S[entry.rank]
-                    self._insert(entry)
+                    self._insert(entry, rises_at)
+                    rises_at = now + AGES_S[rank]
+                if queue:
+                    heapq.heapreplace(rising, (rises_at, number, client))
+                else:
+                    heapq.heappop(rising)
+                    client.rises[rank] = False
 
     def _turn(self, client: Client, rank: int) -> None:
         """Its counter or its first request in that class has changed."""

@@ -3,9 +3,10 @@
 Theory of operation
 -------------------
 Every model has a line (broker/order.py): whose turn it is. Every model on an engine is a runner (broker/runners.py). A
-request leaves its line for a free slot of a loaded runner, the one where it would be finished first:
+request leaves its line for a free slot of a loaded runner, the one where it costs least time:
 
     finish = reading what is new of the prompt + writing the expected answer among the others that run there
+             + by how much that makes the answers of those others later
 
 It may wait for a busy runner that has most of its prompt, as long as that is expected to be quicker, and never longer
 than reading it anew takes elsewhere. Where no loaded runner has a free slot, another may be loaded (broker/loads.py).
@@ -80,13 +81,13 @@ class Policy(Scheduler):
         if was_empty or demand.patient or demand.line.is_first(entry):
             self._dirty[demand] = None
 
-    def discard(self, request: Request) -> None:
+    def discard(self, request: Request, now: float) -> None:
         if _beside(request):
-            self._beside.discard(request)
+            self._beside.discard(request, now)
             return
         self._doomed.pop(request.rid, None)
         demand = self.runners.demands[request.submit.model]
-        entry = demand.line.discard(request)
+        entry = demand.line.discard(request, now)
         demand.kinds[entry.kind] -= 1
         if not demand.kinds[entry.kind]:
             del demand.kinds[entry.kind]
@@ -212,7 +213,7 @@ class Policy(Scheduler):
                 continue
             if overlaps is not None:
                 fresh = demand.prompt_tokens(request, overlaps[runner]) if runner in overlaps else whole
-            finish_s = runner.server.reading_s + fresh * runner.prefill_s + output * runner.token_s
+            finish_s = runner.server.reading_s + fresh * runner.prefill_s + output * (runner.token_s + runner.harm_s)
             load_s = runner.load_left_s(now)
             if len(runner.leases) < runner.slots:
                 finish_s += load_s

@@ -66,7 +66,8 @@ class Runner:
     """A model on an engine, loaded or not.
 
     `used`: when it last began or ended something; `since`: when it was loaded. `token_s`, `full_token_s` and
-    `prefill_s` are its rates as things stand: with what runs now, with all slots taken, and of a token read.
+    `prefill_s` are its rates as things stand: with what runs now, with all slots taken, and of a token read. `harm_s`:
+    by how much a token of one more makes all that run on the engine later, together.
     """
 
     server: "Server"
@@ -87,6 +88,7 @@ class Runner:
     token_s: float = 0.0
     full_token_s: float = 0.0
     prefill_s: float = 0.0
+    harm_s: float = 0.0
 
     @property
     def writes(self) -> bool:
@@ -160,6 +162,7 @@ class Server:
         for runner in self.loaded.values():
             rates = runner.rates
             runner.token_s = rates.token_s(self.running)
+            runner.harm_s = (rates.token_s(self.running + 1) - runner.token_s) * self.running
             runner.full_token_s = rates.token_s(max(self.running, runner.slots) - 1)
             runner.prefill_s = rates.prefill_s(1.0)
             if runner.leases:

@@ -39,7 +39,7 @@ class Scheduler(Protocol):
     def add(self, request: Request, now: float) -> None:
         """A request waits, at its place by when it was accepted, so that one which waited before gets it back."""
 
-    def discard(self, request: Request) -> None:
+    def discard(self, request: Request, now: float) -> None:
         """A request waits no longer."""
 
     def place(self, state: State, now: float) -> Placement | None:
@@ -103,7 +103,7 @@ class WarmFirst:
         queue.insert(bisect(queue, entry), entry)
         self._size += 1
 
-    def discard(self, request: Request) -> None:
+    def discard(self, request: Request, now: float) -> None:
         queue = self._queues[_queue_of(request)]
         del queue[bisect_left(queue, (request.accepted, request.rid))]
         self._size -= 1

@@ -38,23 +38,23 @@ class Lane:
         self.requests[name] = request = ask(name, **{"accepted": now, **more})  # type: ignore[arg-type]
         return self.line.add(request, cost, now)
 
-    def discard(self, name: str) -> None:
-        self.line.discard(self.requests[name])
+    def discard(self, name: str, now: float = NOW) -> None:
+        self.line.discard(self.requests[name], now)
 
     def firsts(self, now: float = NOW, barred: str = "") -> list[str]:
         """Each client's first request, in turn."""
         return [entry.request.submit.ref for entry in self.line.candidates(now, lambda client: client != barred)]
 
-    def run(self, name: str, cost: float = 100.0) -> None:
+    def run(self, name: str, cost: float = 100.0, now: float = NOW) -> None:
         request = self.requests[name]
-        self.line.discard(request)
+        self.line.discard(request, now)
         self.line.begin(request.submit.client, cost, request.submit.weight)
 
     def next(self, now: float = NOW, cost: float = 100.0) -> str:
         """Run the request whose turn it is."""
         with closing(self.line.candidates(now, lambda _: True)) as candidates:
             name = next(candidates).request.submit.ref
-        self.run(name, cost)
+        self.run(name, cost, now)
         return name
 
     def drain(self, now: float = NOW) -> list[str]:
@@ -221,7 +221,7 @@ def test_the_service_of_clients_that_always_wait_differs_by_no_more_than_what_ru
         entry = next(iter(lane.line.candidates(NOW, lambda _: True)))
         client = entry.client.name
         charged, cost = entry.cost, estimate()
-        lane.line.discard(entry.request)
+        lane.line.discard(entry.request, NOW)
         lane.line.begin(client, charged, weight_of[client])
         running.append((client, charged, cost))
         come(client)
@@ -258,19 +258,53 @@ def test_who_waited_before_comes_back_where_it_would_be() -> None:
     assert lane.firsts() == ["b1", "a1"]
 
 
-def test_those_that_were_raised_share_with_those_that_are_there() -> None:
-    """A flood of batch requests that has aged does not come before everybody else's."""
+def test_a_flood_does_not_grow_older_than_what_others_ask() -> None:
+    """A client that has its turns is not raised, however long its last request waits."""
     lane = Lane()
-    for number in range(50):
-        lane.add(f"flood{number}", priority="batch")
+    for number in range(200):
+        lane.add(f"flood{number}")
+    now = NOW
+    while now < NOW + 3 * AGES_S[1]:
+        now += 1.0
+        assert lane.next(now).startswith("flood")
+    lane.add("a1", now=now)
+    assert lane.next(now) == "a1"
+
+
+def test_one_request_of_a_client_is_raised_at_a_time() -> None:
+    lane = Lane("a1", "a2", "a3")
+    lane.add("b1", priority="interactive", now=NOW + AGES_S[1])
+    lane.run("b1", 1e6)
+    for number in range(2, 6):
+        lane.add(f"b{number}", priority="interactive")
+    late = NOW + AGES_S[1] + 1
+    assert [lane.next(late) for _ in range(3)] == ["a1", "b2", "b3"]
+    assert lane.next(late + AGES_S[1]) == "a2"
+
+
+def test_who_comes_back_into_its_class_waits_from_then() -> None:
+    lane = Lane("a1", "b1")
+    lane.run("a1")
+    lane.add("a2", now=NOW + 20)
+    late = NOW + AGES_S[1] + 1
+    lane.add("c1", priority="interactive", now=late)
+    assert lane.firsts(late) == ["b1", "c1", "a2"]
+    assert lane.firsts(NOW + 20 + AGES_S[1]) == ["b1", "c1", "a2"]
+
+
+def test_those_that_were_raised_share_with_those_that_are_there() -> None:
+    """Who has waited long does not come before everybody else for as long."""
+    lane = Lane()
     for number in range(20):
+        lane.add(f"{'pqrst'[number % 5]}{number}", priority="batch")
         lane.add(f"a{number}", priority="interactive")
         assert lane.next(NOW) == f"a{number}"
     late = NOW + sum(AGES_S)
     for number in range(20, 40):
         lane.add(f"a{number}", priority="interactive", now=late)
     turns = [lane.next(late)[0] for _ in range(20)]
-    assert 8 <= turns.count("a") <= 12
+    assert turns.count("a") == 15
+    assert set(turns) == set("apqrst")
 
 
 @settings(max_examples=40, deadline=None)
@@ -345,7 +379,7 @@ def test_what_is_put_back_is_there_once() -> None:
     lane.run("a1")
     lane.line.end("a", 100.0, 0.0)
     lane.line.add(lane.requests["a1"], 100.0, NOW)
-    lane.line.discard(lane.requests["a1"])
+    lane.discard("a1")
     lane.line.add(lane.requests["a1"], 100.0, NOW)
     assert sorted(lane.firsts()) == ["a1", "b1"]
 

@@ -40,10 +40,24 @@ def test_one_that_is_so_much_faster_that_it_is_worth_waiting_is_waited_for() -> 
 def test_a_host_is_the_slower_the_more_runs_there() -> None:
     f = Fleet(w1=host("m", slots=4), w2=host("m", slots=4))
     f.teach("w1", token_ms=20)
-    f.teach("w2", token_ms=28)
+    f.teach("w2", token_ms=33)
     places = [f.ask(f"a{number}") for number in range(6)]
     assert places[:2] == ["w1", "w1"]
     assert "w2" in places[2:4]
+
+
+def test_by_how_much_others_would_be_slowed_counts() -> None:
+    """w1 would still write it sooner, but the three that run there would each be later."""
+    f = Fleet(w1=host("m", slots=4), w2=host("m", slots=4))
+    f.teach("w1", token_ms=10)
+    for number in range(3):
+        f.core.state.workers["w2"].draining = True
+        assert f.ask(f"x{number}") == "w1"
+    f.core.state.workers["w2"].draining = False
+    f.teach("w2", token_ms=18)
+    runner, other = f.runner("w1"), f.runner("w2")
+    assert runner.token_s < other.token_s < runner.token_s + runner.harm_s
+    assert f.ask("a1") == "w2"
 
 
 def test_a_host_that_reads_faster_gets_long_prompts_and_one_that_writes_faster_long_answers() -> None:

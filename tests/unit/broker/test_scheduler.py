@@ -90,7 +90,7 @@ def test_add_tells_the_position() -> None:
     for request in (two, three, one):
         queue.add(request, h.now)
     assert [queue.outlook(request, h.now).position for request in (one, two, three)] == [1, 2, 3]
-    queue.discard(two)
+    queue.discard(two, h.now)
     assert list(queue) == [one, three]
 
 
