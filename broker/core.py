@@ -37,7 +37,7 @@ Rules that keep the promises (those about the time before this broker: broker/re
 """
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from math import inf, nextafter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,8 +112,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 POSITIONS_INTERVAL_S: Final = 2.0
-POSITIONS_MAX: Final = 500
-"""Positions told in one tick: recounting and telling all of 10,000 stalls the broker for 7 ms."""
+"""How often a client hears at most where its request stands."""
+POSITIONS_STEP: Final = 25
+POSITIONS_STEP_S: Final = 0.1
+"""So many are told at a time, and so often, in turns: all of 10,000 at once would stall the broker for 0.2 s."""
 UNACKNOWLEDGED_S: Final = 5.0
 """How often ended requests are looked through for those whose gateway does not acknowledge."""
 RETRY_AFTER_MS: Final = 5_000
@@ -162,7 +164,8 @@ class BrokerCore:
         self._kept: dict[bytes, None] = {}  # acknowledged requests that clients can resume, oldest first
         self._ticked = now
         self._next_beat = now
-        self._next_positions = now + POSITIONS_INTERVAL_S
+        self._positions: deque[tuple[float, bytes]] = deque()  # of what waits, when it was told, or came
+        self._next_positions = now
         self._next_unacknowledged = now
         self._fleet_told: tuple[tuple[str, ...], int] = ((), 0)
         self._out: list[Effect] = []
@@ -298,15 +301,14 @@ class BrokerCore:
                 requests = self.state.requests.values()
                 timers = {(at, r.rid) for r in requests for at in (r.deadline, r.expires, r.claim_by) if at is not None}
                 self._timers = sorted(timers)
+            if len(self._positions) > 3 * len(self.scheduler) + TIMERS_SLACK:
+                self._positions = deque(position for position in self._positions if self._waits_since(*position))
         for worker in self.state.workers.values():
             if 0 < worker.paused_until <= now:
                 worker.paused_until = 0.0
                 self.scheduler.look_again()
         self._place(now)
-        if now >= self._next_positions:
-            self._next_positions = now + POSITIONS_INTERVAL_S
-            for outlook in self.scheduler.outlooks(now, POSITIONS_MAX):
-                self._tell_outlook(outlook, now)
+        self._tell_positions(now)
         return out
 
     def next_deadline(self) -> float:
@@ -315,7 +317,7 @@ class BrokerCore:
         held = [self._window.hold_until] if self._window.hold_until > self._ticked else []
         return min(
             self._next_beat,
-            self._next_positions,
+            max(self._next_positions, self._positions[0][0] + POSITIONS_INTERVAL_S) if self._positions else inf,
             self.scheduler.next_deadline(),
             *paused,
             *held,
@@ -1027,7 +1029,8 @@ class BrokerCore:
         if request.phase is Phase.LEASED:
             self.scheduler.ended(request, None, now)
         self.state.move(request, Phase.QUEUED)
-        request.told_position = 0
+        request.told_position, request.told_at = 0, now
+        self._positions.append((now, request.rid))
         client = request.submit.client
         self._client_waiting[client] = self._client_waiting.get(client, 0) + 1
         self.scheduler.add(request, now)
@@ -1228,6 +1231,28 @@ class BrokerCore:
 
     def _tell_gap(self, request: Request, top: int = 0) -> None:
         self._tell(request, Gap(rid=request.rid, attempt=request.attempt, top=max(top, request.events)))
+
+    def _waits_since(self, told_at: float, rid: bytes) -> Request | None:
+        """The request, if it waits and was told then."""
+        request = self.state.requests.get(rid)
+        return request if request is not None and request.phase is Phase.QUEUED and request.told_at == told_at else None
+
+    def _tell_positions(self, now: float) -> None:
+        """Those that were not told for the longest time hear where they stand."""
+        told = 0
+        while now >= self._next_positions and told < POSITIONS_STEP and self._positions:
+            told_at, rid = self._positions[0]
+            if told_at + POSITIONS_INTERVAL_S > now:
+                return
+            self._positions.popleft()
+            request = self._waits_since(told_at, rid)
+            if request is not None:
+                told += 1
+                request.told_at = now
+                self._positions.append((now, rid))
+                self._tell_outlook(self.scheduler.outlook(request, now), now)
+        if told:
+            self._next_positions = now + POSITIONS_STEP_S
 
     def _tell_outlook(self, outlook: Outlook, now: float) -> None:
         request, eta_s = outlook.request, outlook.eta_s

@@ -54,7 +54,6 @@ class Policy(Scheduler):
         self._running_max: dict[str, int] = {}
         self._doomed: dict[bytes, Request] = {}
         self._look_at = -inf
-        self._told = 0
 
     # What happens -----------------------------------------------------------------------------------------------------
 
@@ -296,16 +295,6 @@ class Policy(Scheduler):
         if not demand.capacity:
             return Outlook(request, position)
         return Outlook(request, position, max(0.0, demand.soonest - now) + (position - 1) / demand.capacity)
-
-    def outlooks(self, now: float, limit: int) -> Iterable[Outlook]:
-        size = len(self)
-        # If there are more, in turns: each is told anew after a while.
-        start = self._told % size if size > limit else 0
-        self._told = start + limit
-        told = list(islice(self, start, start + limit))
-        if start + limit > size > limit:
-            told += islice(self, start + limit - size)
-        return [self.outlook(request, now) for request in told]
 
     def backlog_s(self, model: str, now: float) -> float | None:
         demand = self.runners.demands.get(model)

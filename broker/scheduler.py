@@ -72,9 +72,6 @@ class Scheduler(Protocol):
     def outlook(self, request: Request, now: float) -> Outlook:
         """Where one waiting request stands."""
 
-    def outlooks(self, now: float, limit: int) -> Iterable[Outlook]:
-        """Where waiting requests stand: those that matter most first, or in turns, at most so many."""
-
     def backlog_s(self, model: str, now: float) -> float | None:
         """How long what waits for a model takes, if that can be told."""
 
@@ -140,15 +137,6 @@ class WarmFirst:
 
     def outlook(self, request: Request, now: float) -> Outlook:
         return Outlook(request, bisect(self._queues[_queue_of(request)], (request.accepted, request.rid, request)))
-
-    def outlooks(self, now: float, limit: int) -> Iterable[Outlook]:
-        told = 0
-        for queue in self._queues.values():
-            for position, (_, _, request) in enumerate(queue, 1):
-                if told == limit:
-                    return
-                told += 1
-                yield Outlook(request, position)
 
     def backlog_s(self, model: str, now: float) -> float | None:
         return None

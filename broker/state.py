@@ -103,7 +103,8 @@ class Request:
     `accepted` is its place in the line. `attachment` counts how often it changed hands. `holder` is empty as long as
     only a worker has spoken of it. `body` is the payload of its next assign, dropped when events have come:
     `body_bytes` of the request's body and, if it continues, its events below `start`. `told` is when its gateway last
-    heard of its terminal, or asked for what comes before it. `away` names a silent worker that has the events.
+    heard of its terminal, or asked for what comes before it; `told_at` when its place in the line was looked at for it.
+    `away` names a silent worker that has the events.
     """
 
     rid: bytes
@@ -132,6 +133,7 @@ class Request:
     terminal_payload: bytes = b""
     told: float = 0.0
     told_position: int = 0
+    told_at: float = 0.0
     told_begin: float | None = None
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_MAX))
 

@@ -156,14 +156,36 @@ def test_who_waits_is_told_the_position_once_and_again_when_it_changes(h: Harnes
 
 
 def test_positions_are_told_to_a_bounded_number_at_a_time(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "POSITIONS_MAX", 2)
+    monkeypatch.setattr(core, "POSITIONS_STEP", 2)
     first = running(h)
     for number in range(2, 7):
         h.submit(f"r{number}")
     h.end(first.rid, first.attempt)
     h.sent(b"g1")
-    h.wait(2.5, beating=[b"g1", b"w1"])
+    start = h.now
+    h.now = start + core.POSITIONS_INTERVAL_S - 0.01
+    h.tick()
+    assert h.told(Queued) == []
+    h.now = start + core.POSITIONS_INTERVAL_S
+    h.tick()
     assert [(queued.rid[:2], queued.position) for queued in h.told(Queued)] == [(b"r3", 1), (b"r4", 2)]
+    h.now += core.POSITIONS_STEP_S / 2
+    h.tick()
+    assert h.told(Queued) == []
+    h.now += core.POSITIONS_STEP_S / 2
+    h.tick()
+    assert [(queued.rid[:2], queued.position) for queued in h.told(Queued)] == [(b"r5", 3), (b"r6", 4)]
+
+
+def test_what_came_and_went_is_not_kept_to_be_told(h: Harness) -> None:
+    running(h)
+    h.submit("r2")
+    for number in range(3, 1000):
+        h.submit(f"r{number}")
+        h.cancel(rid_of(f"r{number}"))
+        h.ack(rid_of(f"r{number}"))
+    h.wait(1, beating=[b"g1", b"w1"])
+    assert len(h.core._positions) == 1
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:

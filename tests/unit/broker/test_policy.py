@@ -11,7 +11,6 @@ from common.protocol import (
     LIGHT,
     Failed,
     Queued,
-    engine_name,
 )
 from tests.unit.broker.fleet import TEXT, Fleet, host, warm_on_w2
 from tests.unit.broker.harness import rid_of
@@ -366,18 +365,6 @@ def test_of_a_model_that_is_loaded_nowhere_only_the_place_is_told() -> None:
     f.sent()
     f.ask("b1", "n")
     assert told(f) == {"b1": (1, None)}
-
-
-def test_more_than_can_be_told_at_once_are_told_in_turns() -> None:
-    f = Fleet(w1=host("m"))
-    f.core.settings  # noqa: B018
-    for number in range(7):
-        f.ask(f"a{number}")
-    f.submit("light", model=engine_name("w1", "http://e1"))
-    names = [[o.request.submit.ref for o in f.policy.outlooks(f.now, 4)] for _ in range(3)]
-    assert [len(some) for some in names] == [4, 4, 4]
-    assert set(names[0]) | set(names[1]) == {f"a{number}" for number in range(1, 7)}
-    assert len(list(f.policy.outlooks(f.now, 100))) == 6
 
 
 def test_who_is_refused_hears_when_half_of_what_waits_is_done() -> None:
