@@ -26,10 +26,8 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from math import ceil, sqrt
 from typing import Final
 
-from broker.rates import Arrivals
 from broker.state import Request
 
 PRIORITIES: Final = {"interactive": 0, "normal": 1, "batch": 2}
@@ -38,10 +36,6 @@ AGES_S: Final = (0.0, 30.0, 60.0)
 """How long a client waits for a turn in a class until its first request is raised to the next."""
 PATIENCE_S: Final = 60.0
 OUTPUT_WEIGHT: Final = 2.0
-OTHERS_HALF_LIFE_S: Final = 20.0
-"""Slots are kept free for others as long as they asked lately."""
-OTHERS_MIN: Final = 0.2
-"""How many requests of others are to be expected during a service, so that slots are kept free for them."""
 LAG_DEAREST: Final = 4.0
 """How many of the dearest requests a client may lag behind. Of those that can run none lags more than 2 (so VTC)."""
 SAMPLE_MAX: Final = 64
@@ -87,7 +81,6 @@ class Client:
     weight: float = 1.0
     served: float = 0.0
     running: int = 0
-    arrivals: Arrivals = field(default_factory=lambda: Arrivals(OTHERS_HALF_LIFE_S))
     queues: tuple[list[Place], list[Place], list[Place]] = field(default_factory=lambda: ([], [], []))
     at: list[int] = field(default_factory=lambda: [0, 0, 0])
     since: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
@@ -111,7 +104,6 @@ class Line:
         self._rising: tuple[list[tuple[float, int, Client]], ...] = ([], [], [])
         self._entries: dict[bytes, Entry] = {}
         self._counts = [0, 0, 0]
-        self._arrivals = Arrivals(OTHERS_HALF_LIFE_S)
         self._served = 0.0  # where a client begins
         self._running = 0
         self._dearest = 0.0  # the most that a request was charged, by weight
@@ -131,7 +123,7 @@ class Line:
         """Nobody waits or runs."""
         return not self._entries and not self._running
 
-    def add(self, request: Request, cost: float, now: float) -> Entry:
+    def add(self, request: Request, cost: float) -> Entry:
         """A request waits. `cost` in tokens."""
         submit = request.submit
         client = self._clients.get(submit.client)
@@ -139,8 +131,6 @@ class Line:
             self._sweep()
             client = self._clients[submit.client] = Client(submit.client)
         client.weight = submit.weight
-        client.arrivals.add(now)
-        self._arrivals.add(now)
         rank = PRIORITIES.get(submit.priority, PRIORITIES["normal"])
         due = request.accepted + PATIENCE_S
         if request.deadline is not None:
@@ -214,18 +204,6 @@ class Line:
             finally:
                 for turn in passed:
                     heapq.heappush(turns, turn)
-
-    def hogs(self, name: str, slots: int, service_s: float, now: float) -> bool:
-        """Whether a client with a long queue has all but those slots which absent others will want during a service.
-
-        Where others wait, turns decide, and so weights do.
-        """
-        client = self._clients[name]
-        own = sum(map(len, client.queues))
-        if 2 * client.running < slots or own < slots or own < len(self._entries):
-            return False
-        others = (self._arrivals.per_s(now) - client.arrivals.per_s(now)) * service_s
-        return others >= OTHERS_MIN and client.running >= slots - ceil(others + sqrt(others))
 
     def position(self, entry: Entry) -> int:
         """How many come before it, and one, as counters stand and costs are estimated."""

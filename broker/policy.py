@@ -72,7 +72,7 @@ class Policy(Scheduler):
             self._look_at = now + LOOK_S
         self._waiting += 1
         was_empty = not len(demand.line)
-        entry = demand.line.add(request, demand.cost(request, 0), now)
+        entry = demand.line.add(request, demand.cost(request, 0))
         entry.kind = self._rules.matching(submit.model, submit.client), submit.variant, tuple(sorted(request.failed_on))
         demand.kinds[entry.kind] += 1
         if not request.failures:
@@ -158,12 +158,7 @@ class Policy(Scheduler):
     def _place(self, demand: Demand, now: float) -> Placement | None:
         demand.wants_load = demand.patient = False
         demand.look(now)
-        service_s = demand.slots / demand.capacity if demand.capacity else 0.0
-
-        def admits(client: str) -> bool:
-            return self._admits(client) and not demand.line.hogs(client, demand.slots, service_s, now)
-
-        with closing(demand.line.candidates(now, admits)) as candidates:
+        with closing(demand.line.candidates(now, self._admits)) as candidates:
             waiting = 0
             full: set[Hashable] = set()
             for entry in islice(candidates, KINDS_LOOK_MAX):

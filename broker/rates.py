@@ -165,8 +165,7 @@ class Arrivals:
 
     HALF_LIFE_S: Final = 120.0
 
-    def __init__(self, half_life_s: float = HALF_LIFE_S) -> None:
-        self._half_life_s = half_life_s
+    def __init__(self) -> None:
         self._count = 0.0
         self._at = 0.0
 
@@ -175,7 +174,7 @@ class Arrivals:
         self._at = now
 
     def per_s(self, now: float) -> float:
-        return self._decayed(now) * log(2) / self._half_life_s
+        return self._decayed(now) * log(2) / self.HALF_LIFE_S
 
     def _decayed(self, now: float) -> float:
-        return self._count * exp(-log(2) * (now - self._at) / self._half_life_s)
+        return self._count * exp(-log(2) * (now - self._at) / self.HALF_LIFE_S)

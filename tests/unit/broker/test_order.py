@@ -36,7 +36,7 @@ class Lane:
 
     def add(self, name: str, cost: float = 100.0, now: float = NOW, **more: object) -> Entry:
         self.requests[name] = request = ask(name, **{"accepted": now, **more})  # type: ignore[arg-type]
-        return self.line.add(request, cost, now)
+        return self.line.add(request, cost)
 
     def discard(self, name: str, now: float = NOW) -> None:
         self.line.discard(self.requests[name], now)
@@ -559,35 +559,3 @@ def test_a_client_that_runs_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Slots for others -----------------------------------------------------------------------------------------------------
-
-
-def test_a_client_hogs_what_the_others_will_want() -> None:
-    lane = Lane()
-    for number in range(20):
-        lane.add(f"a{number}", now=NOW + number)
-        lane.add(f"b{number}", now=NOW + number)
-        lane.discard(f"b{number}")
-    now = NOW + 20
-    for number in range(4):
-        assert not lane.line.hogs("a", 16, 10.0, now)
-        lane.run(f"a{number}")
-    assert [lane.line.hogs("a", slots, 10.0, now) for slots in (4, 8, 9, 100)] == [True, True, False, False]
-    assert not lane.line.hogs("b", 4, 10.0, now)
-    assert not lane.line.hogs("a", 4, 10.0, now + 120), "they have not asked for long"
-
-
-def test_where_others_wait_turns_decide_and_so_weights_do() -> None:
-    lane = Lane()
-    for number in range(20):
-        lane.add(f"a{number}", now=NOW + number)
-        lane.add(f"b{number}", now=NOW + number)
-    for number in range(4):
-        lane.run(f"a{number}")
-    assert not lane.line.hogs("a", 4, 10.0, NOW + 20)
-
-
-def test_a_client_alone_hogs_nothing() -> None:
-    lane = Lane("a1", "a2", "a3")
-    lane.run("a1")
-    lane.run("a2")
-    assert not lane.line.hogs("a", 2, 60.0, NOW)

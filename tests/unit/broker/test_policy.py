@@ -231,20 +231,6 @@ def test_a_client_runs_no_more_at_once_than_it_may() -> None:
     assert f.ask("a4") == "w1"  # it was lifted
 
 
-def test_one_clients_flood_leaves_slots_for_others() -> None:
-    f = Fleet(w1=host("m", slots=4))
-    f.teach("w1", token_ms=50)
-    for number in range(12):
-        f.ask(f"b{number}")
-        f.finish(f"b{number}")
-        f.now += 0.5
-    for number in range(12):
-        f.ask(f"a{number}")
-    f.finish("a0", "a1")
-    assert f.where(*(f"a{number}" for number in range(2, 12))).split().count("w1") < 4
-    assert f.ask("b99") == "w1"
-
-
 def test_what_waits_runs_by_turns() -> None:
     f = Fleet(w1=host("m"))
     for name in ("a1", "a2", "a3", "a4", "b1", "b2"):
