@@ -378,9 +378,9 @@ def test_what_is_put_back_is_there_once() -> None:
     lane = Lane("a1", "b1")
     lane.run("a1")
     lane.line.end("a", 100.0, 0.0)
-    lane.line.add(lane.requests["a1"], 100.0, NOW)
+    lane.line.add(lane.requests["a1"], 100.0)
     lane.discard("a1")
-    lane.line.add(lane.requests["a1"], 100.0, NOW)
+    lane.line.add(lane.requests["a1"], 100.0)
     assert sorted(lane.firsts()) == ["a1", "b1"]
 
 
