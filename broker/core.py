@@ -318,7 +318,7 @@ class BrokerCore:
         return min(
             self._next_beat,
             max(self._next_positions, self._positions[0][0] + POSITIONS_INTERVAL_S) if self._positions else inf,
-            self.scheduler.next_deadline(),
+            max(self._window.hold_until, self.scheduler.next_deadline()),
             *paused,
             *held,
             *(at for at, _ in self._timers[:1]),
@@ -516,7 +516,14 @@ class BrokerCore:
     def _take_back(self, request: Request, gateway: Gateway, submit: Submit, body: bytes, now: float) -> None:
         """A gateway submits again what is held here, and is told where it is."""
         known = request.submit
-        request.submit = replace(submit, client=known.client, ref=known.ref, model=known.model, grace_ms=known.grace_ms)
+        request.submit = replace(
+            submit,
+            client=known.client,
+            ref=known.ref,
+            model=known.model,
+            grace_ms=known.grace_ms,
+            light=known.light,
+        )
         request.attachment, request.told = submit.attachment, now
         self._unkeep(request)
         self._set_timers(request, submit, now)
@@ -908,7 +915,7 @@ class BrokerCore:
     def _take_up(self, request: Request, worker: Worker, claim: Claim, now: float) -> None:
         """The claimed attempt is the request's, instead of what was held before."""
         if request.phase is Phase.QUEUED:
-            self._unqueue(request, now)
+            self._unqueue(request)
         elif request.worker is not None:
             self._cancel_lease(request)
         if request.phase in RUNNING:
@@ -1035,8 +1042,8 @@ class BrokerCore:
         self._client_waiting[client] = self._client_waiting.get(client, 0) + 1
         self.scheduler.add(request, now)
 
-    def _unqueue(self, request: Request, now: float) -> None:
-        self.scheduler.discard(request, now)
+    def _unqueue(self, request: Request, turn_at: float | None = None) -> None:
+        self.scheduler.discard(request, turn_at)
         client = request.submit.client
         self._client_waiting[client] -= 1
         if not self._client_waiting[client]:
@@ -1057,7 +1064,7 @@ class BrokerCore:
                     continue
                 return
             request, worker = placement.request, placement.worker
-            self._unqueue(request, now)
+            self._unqueue(request, turn_at=now)
             self.state.move(request, Phase.LEASED, worker=worker, engine=placement.engine, digest=placement.digest)
             self.scheduler.begun(request, now)
             request.ordinal += 1
@@ -1148,7 +1155,7 @@ class BrokerCore:
     def _discard(self, request: Request, now: float) -> None:
         """Forget a request whatever its state; nobody is told but its worker."""
         if request.phase is Phase.QUEUED:
-            self._unqueue(request, now)
+            self._unqueue(request)
         elif request.phase in RUNNING:
             self._cancel_lease(request)
         self._forget(request, now)
@@ -1187,7 +1194,7 @@ class BrokerCore:
         hopeless = {model for model in self.scheduler.models() if not self._hoped_for(model, now)}
         for request in list(self.scheduler) if hopeless else ():
             if request.submit.model in hopeless:
-                self._unqueue(request, now)
+                self._unqueue(request)
                 self._tell(request, self._unserved(request.rid, request.submit.model, request.attempt))
                 self._forget(request, now)
         if self.settings.rules:
@@ -1243,7 +1250,7 @@ class BrokerCore:
         while now >= self._next_positions and told < POSITIONS_STEP and self._positions:
             told_at, rid = self._positions[0]
             if told_at + POSITIONS_INTERVAL_S > now:
-                return
+                break
             self._positions.popleft()
             request = self._waits_since(told_at, rid)
             if request is not None:

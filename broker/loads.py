@@ -55,7 +55,7 @@ def best_load(
         server = runner.server
         if runner.size > server.room or (runner.loaded and (runner.leases or runner.serves(variant))):
             continue
-        if not usable(server.worker):
+        if not usable(server.worker) or server.worker.paused_until > now:
             continue
         cost_s, lasts_s = _eviction(demand, runner, now)
         if cost_s == inf:
@@ -83,7 +83,7 @@ def better(demand: Demand, free: Option, usable: Usable, now: float) -> Option |
     best_gain, best = 0.0, None
     for runner in demand.runners:
         server = runner.server
-        if runner.loaded or runner.size > server.room or server.drains(now) or not usable(server.worker):
+        if runner.loaded or runner.size > server.room or not usable(server.worker):
             continue
         service_s, load_s = demand.cold_service_s(runner), runner.rates.load_s()
         saved_s = demand.service_s(free.runner) - service_s
@@ -114,10 +114,10 @@ def _eviction(demand: Demand, runner: Runner, now: float) -> tuple[float, float]
     inf: it would unload what is busy or waited for.
     """
     server = runner.server
-    if runner.loaded:
-        return 0.0, HORIZON_S  # with other options: it takes its own place
     if server.drains(now):
         return (0.0 if server.drains_for is demand else inf), HORIZON_S
+    if runner.loaded:
+        return 0.0, HORIZON_S  # with other options: it takes its own place
     size = runner.size + sum(other.size for other in server.loaded.values())
     count = len(server.loaded) + 1
     if server.fits(size, count):

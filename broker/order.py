@@ -11,6 +11,8 @@ Rules
   while others come that have none.
 - Nor does it earn anything not to be able to run, for want of a host that may be used or because of a limit: who lags
   further than fairness allows is owed no more than that.
+- Requests of one kind have the same hosts to choose from. A client has a turn for the first request of each kind, so
+  that one which has to wait for its host holds up nothing else. A client at its limit is parked and has none.
 - A request of a higher priority comes before all of a lower one, of whichever client. Waiting raises it: if a client
   has had no turn in its class for AGES_S, its first batch request there is treated as normal, its first normal one as
   interactive. So nobody is passed by for ever. It is the client that has to wait so long, not the request: else the
@@ -18,17 +20,22 @@ Rules
 - Among the requests of a client that have one priority the one due first comes first: due is its deadline, and at the
   latest PATIENCE_S after it was accepted.
 
-Adding, removing and finding the next cost O(log clients).
+Adding, removing and finding the next cost O(kinds + log clients).
 """
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections import Counter
+from collections.abc import Container, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Final
+from itertools import count, islice
+from math import inf
+from typing import TYPE_CHECKING, Final
 
 from broker.state import Request
+
+if TYPE_CHECKING:
+    from broker.runners import Runner
 
 PRIORITIES: Final = {"interactive": 0, "normal": 1, "batch": 2}
 CLASSES: Final = range(3)
@@ -46,19 +53,23 @@ SLACK: Final = 256
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A waiting request. `cost` in tokens as estimated."""
+    """A waiting request. `cost` in tokens as estimated. Requests of one `kind` have the same hosts to choose from.
+
+    `share`: what it counts among those that came, the less the more of its client waited already.
+    `patient_until`: how long it may wait for a host that is warm for it, once that was decided; `waits_for` tells
+    which, and need not be decided again before `look_at`.
+    """
 
     request: Request
     client: "Client"
     rank: int
     due: float
     cost: float
+    kind: Hashable
     share: float = 1.0
-    """What it counts among those that wait: the more of its client wait already, the less."""
     patient_until: float = 0.0
-    """Until then it may wait for a host that is warm for it, once that was decided."""
-    kind: Hashable = None
-    """Where there is no room for one there is none for others of its kind."""
+    waits_for: "Runner | None" = None
+    look_at: float = -inf
 
     @property
     def key(self) -> tuple[float, float, bytes]:
@@ -67,29 +78,43 @@ class Entry:
 
 Place = tuple[float, float, bytes, Entry]
 Turn = tuple[float, float, float, bytes, int, Entry]
-"""The counter of a client, and its first request: as it was."""
+"""The counter of a client, and its first request of a kind: as it was."""
 
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A client in this line. `served`: its counter; `at`: where it is among those that wait in each class.
+    """A client in this line. `served`: its counter; the lists are by class.
 
-    `since`: when it came into each class, or had its last turn there.
+    `queues`: what waits, and `firsts` its first of each kind. `at`: where it is among those that wait. `since`: when it
+    came, or had its last turn, and `before` what that was before the turn. `rises_at`: when it is looked whether its
+    first is to be raised.
     """
 
     name: str
     weight: float = 1.0
     served: float = 0.0
     running: int = 0
+    parked: bool = False
     queues: tuple[list[Place], list[Place], list[Place]] = field(default_factory=lambda: ([], [], []))
+    firsts: tuple[dict[Hashable, Entry], ...] = field(default_factory=lambda: ({}, {}, {}))
     at: list[int] = field(default_factory=lambda: [0, 0, 0])
     since: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    rises: list[bool] = field(default_factory=lambda: [False, False, False])
-    """Whether it is among those that may be raised."""
+    before: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    rises_at: list[float] = field(default_factory=lambda: [inf, inf, inf])
 
     @property
     def waits(self) -> bool:
         return any(self.queues)
+
+    def waiting(self) -> int:
+        """How many requests."""
+        return sum(map(len, self.queues))
+
+    def after(self, entry: Entry) -> Entry | None:
+        """The next of its kind."""
+        queue = self.queues[entry.rank]
+        start = bisect_left(queue, entry.key) + 1
+        return next((place[3] for place in islice(queue, start, None) if place[3].kind == entry.kind), None)
 
 
 class Line:
@@ -100,10 +125,11 @@ class Line:
         self._clients: dict[str, Client] = {}
         self._clients_max = SLACK
         self._waiting: tuple[list[Client], ...] = ([], [], [])
-        self._turns: tuple[list[Turn], ...] = ([], [], [])
+        self._turns: tuple[dict[Hashable, list[Turn]], ...] = ({}, {}, {})
         self._rising: tuple[list[tuple[float, int, Client]], ...] = ([], [], [])
         self._entries: dict[bytes, Entry] = {}
         self._counts = [0, 0, 0]
+        self.kinds: Counter[Hashable] = Counter()
         self._served = 0.0  # where a client begins
         self._running = 0
         self._dearest = 0.0  # the most that a request was charged, by weight
@@ -123,8 +149,8 @@ class Line:
         """Nobody waits or runs."""
         return not self._entries and not self._running
 
-    def add(self, request: Request, cost: float) -> Entry:
-        """A request waits. `cost` in tokens."""
+    def add(self, request: Request, cost: float, *, kind: Hashable = None, parked: bool = False) -> Entry:
+        """A request waits. `cost` in tokens; `parked`: its client is at its limit."""
         submit = request.submit
         client = self._clients.get(submit.client)
         if client is None:
@@ -135,33 +161,46 @@ class Line:
         due = request.accepted + PATIENCE_S
         if request.deadline is not None:
             due = min(due, request.deadline)
-        entry = Entry(request, client, rank, due, cost)
-        entry.share = 1 / (1 + sum(map(len, client.queues)))
+        entry = Entry(request, client, rank, due, cost, kind, 1 / (1 + client.waiting()))
         self.pressure += entry.share
         self._entries[request.rid] = entry
         self.cost += (cost - self.cost) / min(len(self._entries), 100)
+        self.park(submit.client, parked)
+        if request.ordinal:  # it comes back, so that turn was none
+            client.since[rank] = min(client.since[rank], client.before[rank])
         self._insert(entry, request.accepted)
         return entry
 
-    def discard(self, request: Request, now: float) -> Entry:
-        """It waits no longer."""
+    def discard(self, request: Request, turn_at: float | None = None) -> Entry:
+        """It waits no longer: its turn has come, at that time, or it is not wanted any more."""
         entry = self._entries.pop(request.rid)
-        self._withdraw(entry, now)
-        if not self._entries:
-            for rank in CLASSES:
-                self._turns[rank].clear()
-                for _, _, client in self._rising[rank]:
-                    client.rises[rank] = False
-                self._rising[rank].clear()
-        self.pressure = self.pressure - entry.share if self._entries else 0.0
+        client, rank = entry.client, entry.rank
+        self._withdraw(entry)
+        if turn_at is not None:
+            client.before[rank], client.since[rank] = client.since[rank], turn_at
+        self.pressure = self.pressure - 1 / (1 + client.waiting()) if self._entries else 0.0
         return entry
 
     def get(self, request: Request) -> Entry:
         return self._entries[request.rid]
 
+    def park(self, name: str, parked: bool) -> bool:
+        """The client may have no turn for the time being, or may again; whether that is new and something waits."""
+        client = self._clients.get(name)
+        if client is None or client.parked == parked:
+            return False
+        client.parked = parked
+        self._turns_of(client)
+        return client.waits
+
+    def waits(self, name: str) -> bool:
+        """Whether something of that client does."""
+        client = self._clients.get(name)
+        return client is not None and client.waits
+
     def is_first(self, entry: Entry) -> bool:
-        """Whether it is its client's first, whose turn may be next."""
-        return entry.client.queues[entry.rank][0][3] is entry
+        """Whether its client has a turn for it."""
+        return not entry.client.parked and entry.client.firsts[entry.rank].get(entry.kind) is entry
 
     def begin(self, name: str, cost: float, weight: float) -> None:
         """A request of the client runs, and will cost so many tokens."""
@@ -183,27 +222,47 @@ class Line:
         self._served += spent / client.weight / (self._running + sum(map(len, self._waiting)))
         self._running -= 1
 
-    def candidates(self, now: float, admits: Callable[[str], bool]) -> Generator[Entry]:
-        """The first waiting request of each client that `admits` lets through, whose turn it is first."""
+    def candidates(self, now: float, full: Container[Hashable] = ()) -> Generator[Entry]:
+        """Waiting requests whose kind is not (or, between two of them, no longer) `full`, whose turn it is first.
+
+        Of each client the first, and after one that was not taken the client's next of that kind.
+        """
         self._raise(now)
         for rank in CLASSES:
-            turns = self._turns[rank]
-            passed: list[Turn] = []
-            seen: set[Client] = set()
+            passed: dict[Entry, Turn] = {}
+            heads: list[Turn] = []
             try:
-                while turns:
-                    turn = heapq.heappop(turns)
-                    served, entry = turn[0], turn[-1]
-                    client, queue = entry.client, entry.client.queues[rank]
-                    if not queue or queue[0][3] is not entry or served != client.served or client in seen:
-                        continue  # from before its counter or its first request changed
-                    seen.add(client)
-                    passed.append(turn)
-                    if admits(client.name):
-                        yield entry
+                for kind in self._turns[rank]:
+                    if kind not in full:
+                        self._pop_turn(rank, kind, passed, heads)
+                while heads:
+                    turn = heapq.heappop(heads)
+                    entry = turn[-1]
+                    if entry.kind in full:
+                        continue
+                    yield entry
+                    if entry.kind in full:
+                        continue
+                    if entry in passed:
+                        self._pop_turn(rank, entry.kind, passed, heads)
+                    following = entry.client.after(entry)
+                    if following is not None:
+                        heapq.heappush(heads, (turn[0], *following.key, next(self._number), following))
             finally:
-                for turn in passed:
-                    heapq.heappush(turns, turn)
+                for entry, turn in passed.items():
+                    heapq.heappush(self._turns[rank][entry.kind], turn)
+
+    def _pop_turn(self, rank: int, kind: Hashable, passed: dict[Entry, Turn], heads: list[Turn]) -> None:
+        """Take the next turn of that kind, if there is one, out of its heap."""
+        turns = self._turns[rank][kind]
+        while turns:
+            turn = heapq.heappop(turns)
+            served, entry = turn[0], turn[-1]
+            client = entry.client  # of a turn that is of before its counter, its first or its class changed
+            if entry.rank == rank and served == client.served and entry not in passed and self.is_first(entry):
+                passed[entry] = turn
+                heapq.heappush(heads, turn)
+                return
 
     def position(self, entry: Entry) -> int:
         """How many come before it, and one, as counters stand and costs are estimated."""
@@ -229,74 +288,107 @@ class Line:
         return {name: client.served for name, client in self._clients.items()}
 
     def _insert(self, entry: Entry, since: float) -> None:
-        client, rank = entry.client, entry.rank
+        client, rank, kind = entry.client, entry.rank, entry.kind
         queue, waiting = client.queues[rank], self._waiting[rank]
         if not queue:
             self._serve(client, max(client.served, self._served))
             client.at[rank] = len(waiting)
             waiting.append(client)
             client.since[rank] = since
-            if rank and not client.rises[rank]:
-                client.rises[rank] = True
-                heapq.heappush(self._rising[rank], (since + AGES_S[rank], next(self._number), client))
+        self._rise(client, rank)
         insort(queue, (*entry.key, entry))
-        if queue[0][3] is entry:
-            self._turn(client, rank)
+        first = client.firsts[rank].get(kind)
+        if first is None or entry.key < first.key:
+            client.firsts[rank][kind] = entry
+            self._turn(client, rank, kind)
         self._counts[rank] += 1
+        self.kinds[kind] += 1
 
-    def _withdraw(self, entry: Entry, now: float) -> None:
-        client, rank = entry.client, entry.rank
+    def _withdraw(self, entry: Entry) -> None:
+        client, rank, kind = entry.client, entry.rank, entry.kind
         queue, waiting = client.queues[rank], self._waiting[rank]
-        index = bisect_left(queue, entry.key)
-        del queue[index]
+        if client.firsts[rank][kind] is entry:
+            following = client.after(entry)
+            if following is None:
+                del client.firsts[rank][kind]
+            else:
+                client.firsts[rank][kind] = following
+                self._turn(client, rank, kind)
+        del queue[bisect_left(queue, entry.key)]
         self._counts[rank] -= 1
-        if not index:
-            client.since[rank] = now
+        self.kinds[kind] -= 1
+        if not self.kinds[kind]:
+            del self.kinds[kind]
+            for turns in self._turns:
+                turns.pop(kind, None)
         if not queue:
             last = waiting.pop()
             if last is not client:
                 waiting[client.at[rank]], last.at[rank] = last, client.at[rank]
-        elif not index:
-            self._turn(client, rank)
+        if not self._counts[rank]:
+            self._turns[rank].clear()
+            for _, _, one in self._rising[rank]:
+                one.rises_at[rank] = inf
+            self._rising[rank].clear()
+
+    def _rise(self, client: Client, rank: int) -> None:
+        """Have it looked whether its first is to be raised, when it has waited long enough."""
+        at, rising, waiting = client.since[rank] + AGES_S[rank], self._rising[rank], self._waiting[rank]
+        if rank and at < client.rises_at[rank]:
+            client.rises_at[rank] = at
+            heapq.heappush(rising, (at, next(self._number), client))
+            if len(rising) > 2 * len(waiting) + SLACK:
+                for _, _, one in rising:
+                    one.rises_at[rank] = inf
+                rising.clear()
+                for one in waiting:
+                    one.rises_at[rank] = one.since[rank] + AGES_S[rank]
+                    rising.append((one.rises_at[rank], next(self._number), one))
+                heapq.heapify(rising)
 
     def _raise(self, now: float) -> None:
         """The first requests of those that have waited long enough come into the next class."""
         for rank in (2, 1):
             rising = self._rising[rank]
             while rising and rising[0][0] <= now:
-                _, number, client = rising[0]
-                queue, rises_at = client.queues[rank], client.since[rank] + AGES_S[rank]
-                if queue and rises_at <= now:
+                at, _, client = heapq.heappop(rising)
+                if at != client.rises_at[rank]:
+                    continue  # an earlier time was set since
+                client.rises_at[rank] = inf
+                queue, risen_at = client.queues[rank], client.since[rank] + AGES_S[rank]
+                if queue and risen_at <= now:
                     entry = queue[0][3]
-                    self._withdraw(entry, now)
+                    self._withdraw(entry)
+                    client.since[rank] = now
                     entry.rank -= 1
-                    self._insert(entry, rises_at)
-                    rises_at = now + AGES_S[rank]
+                    self._insert(entry, risen_at)
                 if queue:
-                    heapq.heapreplace(rising, (rises_at, number, client))
-                else:
-                    heapq.heappop(rising)
-                    client.rises[rank] = False
+                    self._rise(client, rank)
 
-    def _turn(self, client: Client, rank: int) -> None:
-        """Its counter or its first request in that class has changed."""
-        turns, waiting = self._turns[rank], self._waiting[rank]
-        heapq.heappush(turns, self._turn_of(client, rank))
+    def _turn(self, client: Client, rank: int, kind: Hashable) -> None:
+        """Its counter, or its first request of that kind, has changed."""
+        if client.parked:
+            return
+        turns, waiting = self._turns[rank].setdefault(kind, []), self._waiting[rank]
+        heapq.heappush(turns, self._turn_of(client.firsts[rank][kind]))
         if len(turns) > 2 * len(waiting) + SLACK:
-            turns[:] = [self._turn_of(one, rank) for one in waiting]
+            having = [one for one in waiting if kind in one.firsts[rank] and not one.parked]
+            turns[:] = [self._turn_of(one.firsts[rank][kind]) for one in having]
             heapq.heapify(turns)
 
-    def _turn_of(self, client: Client, rank: int) -> Turn:
-        due, accepted, rid, entry = client.queues[rank][0]
-        return client.served, due, accepted, rid, next(self._number), entry
+    def _turn_of(self, entry: Entry) -> Turn:
+        return (entry.client.served, *entry.key, next(self._number), entry)
+
+    def _turns_of(self, client: Client) -> None:
+        for rank in CLASSES:
+            for kind in client.firsts[rank]:
+                self._turn(client, rank, kind)
 
     def _serve(self, client: Client, served: float) -> None:
         """Its counter stands there now."""
         if served != client.served:
             client.served = served
-            for rank in CLASSES:
-                if client.queues[rank]:
-                    self._turn(client, rank)
+            self._turns_of(client)
 
     def _sweep(self) -> None:
         """Forget clients that neither wait nor run, once they are many, but for the SLACK that have the largest debts.

@@ -24,20 +24,22 @@ from typing import Final
 from broker.loads import Option, best_load, better
 from broker.order import Entry
 from broker.rules import Rules
-from broker.runners import Demand, Runners, Server
+from broker.runners import Demand, Runner, Runners, Server
 from broker.scheduler import Outlook, Placement, Scheduler, WarmFirst
 from broker.state import Request, State, Worker
 from common.protocol import Stats, names_engine
 
-CANDIDATES_MAX: Final = 4
-"""Requests of a line that are looked at while those before them wait for a host that is warm for them."""
-KINDS_LOOK_MAX: Final = 64
-"""Requests that are passed over because there was no room for one of their kind, to find one of another."""
+LOOKS_MAX: Final = 64
+"""Requests of a line for which a host is looked for in one decision."""
+WAITS_LOOK_MAX: Final = 4
+"""Of those that wait for their host so many are looked at anew each time, the others when it may have changed."""
 AFFINITY_S_MAX: Final = 20.0
 """How long a request waits at most for a busy runner while another is free."""
 BETTER_S: Final = 5.0
 """How often a faster engine is looked for while there are free slots."""
 LOOK_S: Final = 1.0
+LOOK_PARTS: Final = 10
+"""In so many parts all lines are looked at."""
 
 
 class Policy(Scheduler):
@@ -49,6 +51,8 @@ class Policy(Scheduler):
         self._beside = WarmFirst()
         self._beside_dirty = False
         self._dirty: dict[Demand, None] = {}
+        self._lines: dict[Demand, None] = {}
+        """In which something waits; those first that were not looked at for the longest time."""
         self._waiting = 0
         self._running: dict[str, int] = {}
         self._running_max: dict[str, int] = {}
@@ -64,42 +68,43 @@ class Policy(Scheduler):
             return
         submit = request.submit
         demand = self.runners.demand(submit.model)
-        if submit.running_max:
+        if submit.running_max != self._running_max.get(submit.client, 0):
             self._running_max[submit.client] = submit.running_max
-        else:
-            self._running_max.pop(submit.client, None)
-        if not self._waiting:
+            self._park(submit.client)
+        if not self._lines:
             self._look_at = now + LOOK_S
+        self._lines.setdefault(demand)
         self._waiting += 1
-        was_empty = not len(demand.line)
-        entry = demand.line.add(request, demand.cost(request, 0))
-        entry.kind = self._rules.matching(submit.model, submit.client), submit.variant, tuple(sorted(request.failed_on))
-        demand.kinds[entry.kind] += 1
-        if not request.failures:
+        kind = self._rules.matching(submit.model, submit.client), submit.variant, tuple(sorted(request.failed_on))
+        parked = self._is_at_limit(submit.client)
+        entry = demand.line.add(request, demand.cost(request, 0), kind=kind, parked=parked)
+        if not request.ordinal:
             demand.arrivals.add(now, entry.share)
-        if was_empty or demand.patient or demand.line.is_first(entry):
+        if demand.patient or demand.line.is_first(entry):
             self._dirty[demand] = None
 
-    def discard(self, request: Request, now: float) -> None:
+    def discard(self, request: Request, turn_at: float | None = None) -> None:
         if _beside(request):
-            self._beside.discard(request, now)
+            self._beside.discard(request, turn_at)
+            self._beside_dirty = True  # the next one may be another case
             return
         self._doomed.pop(request.rid, None)
         demand = self.runners.demands[request.submit.model]
-        entry = demand.line.discard(request, now)
-        demand.kinds[entry.kind] -= 1
-        if not demand.kinds[entry.kind]:
-            del demand.kinds[entry.kind]
+        demand.line.discard(request, turn_at)
         self._waiting -= 1
-        self._touch(demand)  # the next one may be another case
         if not len(demand.line):
+            del self._lines[demand]
             demand.end_drain()
             self.runners.tidy(demand)
+        self._touch(demand)
+        self._forget_limit(request.submit.client)
 
     def begun(self, request: Request, now: float) -> None:
         if not _beside(request):
             client = self.runners.begin(request, now).client
             self._running[client] = self._running.get(client, 0) + 1
+            if client in self._running_max:
+                self._park(client)
 
     def started(self, request: Request, now: float) -> None:
         if not _beside(request):
@@ -117,24 +122,25 @@ class Policy(Scheduler):
         if not self._running[lease.client]:
             del self._running[lease.client]
         if lease.client in self._running_max:
-            self._touch(*self.runners.demands.values())
+            self._park(lease.client)
+            self._forget_limit(lease.client)
         self._touch(*runner.demands)
         if not runner.leases:
             self._look_for_loads(runner.server)
 
     def worker_changed(self, worker: Worker, now: float) -> None:
         for engine in worker.engines.values():
-            self.runners.report(worker, engine, now)
-        self.runners.gone(worker, but=worker.engines)
-        self.look_again()
+            self._touch(*self.runners.report(worker, engine, now))
+        self._touch(*self.runners.gone(worker, but=worker.engines))
+        self._beside_dirty = True
 
     def worker_gone(self, worker: Worker) -> None:
-        self.runners.gone(worker)
-        self.look_again()
+        self._touch(*self.runners.gone(worker))
+        self._beside_dirty = True
 
     def look_again(self) -> None:
-        self._beside_dirty = len(self._beside) > 0
-        self._touch(*self.runners.demands.values())
+        self._beside_dirty = True
+        self._dirty |= self._lines
 
     # Decisions --------------------------------------------------------------------------------------------------------
 
@@ -144,9 +150,12 @@ class Policy(Scheduler):
             if found is not None:
                 return found
             self._beside_dirty = False
-        if self._waiting and now >= self._look_at:
-            self._look_at = now + LOOK_S
-            self._touch(*self.runners.demands.values())
+        if self._lines and now >= self._look_at:
+            parts = min(LOOK_PARTS, len(self._lines))
+            self._look_at = now + LOOK_S / parts
+            for demand in list(islice(self._lines, -(-len(self._lines) // parts))):
+                del self._lines[demand]
+                self._lines[demand] = self._dirty[demand] = None
         while self._dirty:
             demand = next(iter(self._dirty))
             placement = self._place(demand, now)
@@ -158,25 +167,25 @@ class Policy(Scheduler):
     def _place(self, demand: Demand, now: float) -> Placement | None:
         demand.wants_load = demand.patient = False
         demand.look(now)
-        with closing(demand.line.candidates(now, self._admits)) as candidates:
-            waiting = 0
-            full: set[Hashable] = set()
-            for entry in islice(candidates, KINDS_LOOK_MAX):
-                if entry.kind in full:
+        full: set[Hashable] = set()
+        looks = waiting = 0
+        with closing(demand.line.candidates(now, full)) as candidates:
+            for entry in candidates:
+                if waiting >= WAITS_LOOK_MAX and now < entry.look_at and _is_busy(entry.waits_for):
                     continue
                 option = self._choose(demand, entry, now)
                 if option is None:
                     full.add(entry.kind)
-                    if len(full) == len(demand.kinds):
-                        break
                 elif option.wait_s <= 0:
                     server = option.runner.server
                     return Placement(entry.request, server.worker, server.url, option.runner.digest)
                 else:
                     demand.patient = True
+                    entry.waits_for, entry.look_at = option.runner, now + LOOK_S
                     waiting += 1
-                    if waiting == CANDIDATES_MAX:
-                        break
+                looks += 1
+                if looks == LOOKS_MAX or len(full) == len(demand.line.kinds):
+                    break
         return None
 
     def _choose(self, demand: Demand, entry: Entry, now: float) -> Option | None:
@@ -190,31 +199,27 @@ class Policy(Scheduler):
 
         def usable(worker: Worker) -> bool:
             return (
-                worker.available(now)
-                and worker.name not in avoided
-                and self._rules.allow(submit.model, submit.client, worker)
+                worker.serves and worker.name not in avoided and self._rules.allow(submit.model, submit.client, worker)
             )
 
         free: Option | None = None
         busy: Option | None = None
+        least_s = inf
         for runner in demand.loaded:
-            if (
-                not runner.serves(submit.variant)
-                or runner.leaving
-                or runner.server.drains(now)
-                or not usable(runner.server.worker)
-            ):
+            server = runner.server
+            if not runner.serves(submit.variant) or runner.leaving or server.drains(now) or not usable(server.worker):
                 continue
             if overlaps is not None:
                 fresh = demand.prompt_tokens(request, overlaps[runner]) if runner in overlaps else whole
-            finish_s = runner.server.reading_s + fresh * runner.prefill_s + output * (runner.token_s + runner.harm_s)
-            load_s = runner.load_left_s(now)
-            if len(runner.leases) < runner.slots:
+            finish_s = server.reading_s + fresh * runner.prefill_s + output * runner.token_s
+            load_s, pause_s = runner.load_left_s(now), server.worker.paused_until - now
+            if len(runner.leases) < runner.slots and pause_s <= 0:
                 finish_s += load_s
-                if free is None or finish_s < free.finish_s:
-                    free = Option(runner, finish_s)
+                cost_s = finish_s + output * runner.harm_s
+                if cost_s < least_s:
+                    least_s, free = cost_s, Option(runner, finish_s)
             else:
-                wait_s = max(load_s, runner.free_in(now))
+                wait_s = max(load_s, pause_s, runner.free_in(now))
                 finish_s += wait_s
                 if busy is None or finish_s < busy.finish_s:
                     busy = Option(runner, finish_s, wait_s)
@@ -237,9 +242,7 @@ class Policy(Scheduler):
         """Where it failed, as long as there is another host, even a busy one: a broken host is always free."""
         failed_on, submit = request.failed_on, request.submit
         if failed_on and any(
-            worker.name not in failed_on
-            and worker.available(now)
-            and self._rules.allow(submit.model, submit.client, worker)
+            worker.name not in failed_on and worker.serves and self._rules.allow(submit.model, submit.client, worker)
             for worker in (runner.server.worker for runner in demand.runners)
         ):
             return failed_on
@@ -259,10 +262,7 @@ class Policy(Scheduler):
                 return None
         if not entry.patient_until:
             entry.patient_until = now + min(free.finish_s - (busy.finish_s - busy.wait_s), AFFINITY_S_MAX)
-        if now + busy.wait_s > entry.patient_until:
-            return None
-        self._look_at = min(self._look_at, entry.patient_until)
-        return busy
+        return busy if now + busy.wait_s <= entry.patient_until else None
 
     def _too_late(self, demand: Demand, request: Request, now: float) -> bool:
         """Whether it would miss its deadline even if it began now on the best host, as far as is known."""
@@ -298,14 +298,14 @@ class Policy(Scheduler):
         return max(0.0, demand.soonest - now) + len(demand.line) / demand.capacity
 
     def next_deadline(self) -> float:
-        return self._look_at if self._waiting else inf
+        return self._look_at if self._lines else inf
 
     def models(self) -> Collection[str]:
-        return {*self._beside.models(), *(name for name, demand in self.runners.demands.items() if len(demand.line))}
+        return {*self._beside.models(), *(demand.name for demand in self._lines)}
 
     def __iter__(self) -> Iterator[Request]:
         yield from self._beside
-        for demand in self.runners.demands.values():
+        for demand in self._lines:
             yield from demand.line
 
     def __len__(self) -> int:
@@ -313,9 +313,23 @@ class Policy(Scheduler):
 
     # Small change -----------------------------------------------------------------------------------------------------
 
-    def _admits(self, client: str) -> bool:
-        most = self._running_max.get(client)
-        return most is None or self._running.get(client, 0) < most
+    def _is_at_limit(self, client: str) -> bool:
+        most = self._running_max.get(client, 0)
+        return 0 < most <= self._running.get(client, 0)
+
+    def _park(self, client: str) -> None:
+        """Its requests have no turn as long as it is at its limit."""
+        parked = self._is_at_limit(client)
+        changed = [demand for demand in self._lines if demand.line.park(client, parked)]
+        if not parked:
+            self._touch(*changed)
+
+    def _forget_limit(self, client: str) -> None:
+        """It will be told with its next request."""
+        if client not in self._running_max or client in self._running:
+            return
+        if not any(demand.line.waits(client) for demand in self._lines):
+            del self._running_max[client]
 
     def _touch(self, *demands: Demand) -> None:
         for demand in demands:
@@ -333,3 +347,7 @@ class Policy(Scheduler):
 def _beside(request: Request) -> bool:
     """Whether it takes no slot."""
     return request.submit.light or names_engine(request.submit.model)
+
+
+def _is_busy(runner: Runner | None) -> bool:
+    return runner is not None and runner.loaded and len(runner.leases) >= runner.slots

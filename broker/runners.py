@@ -16,7 +16,6 @@ from the leases (`begin`, `started`, `end`), and what its worker reports every f
 What is known of the requests for a model, whichever engine serves them, is its `Demand`.
 """
 
-from collections import Counter
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from math import inf, sqrt
@@ -28,6 +27,9 @@ from broker.rates import LOAD_S_MIN, NS, OUTPUT_TOKENS, PROMPT_TOKENS, TOKENS_PE
 from broker.state import Request, Worker
 from common.protocol import Engine, Stats
 
+SERVICE_S_MIN: Final = 1e-3
+READING_S_MIN: Final = 1e-6
+"""Less is what is left over where floats are added and taken away again."""
 HORIZON_S: Final = 60.0
 """How far ahead is looked: what does not settle by then is not waited for."""
 SPILL_S: Final = 1e4
@@ -103,7 +105,12 @@ class Runner:
         """Seconds until a slot is free; one that should be since long is not expected before as long again."""
         if len(self.leases) < self.slots:
             return 0.0
-        return max(0.05, min(abs(lease.ends - now) for lease in self.leases.values()))
+        soonest = inf
+        for lease in self.leases.values():
+            left = abs(lease.ends - now)
+            if left < soonest:
+                soonest = left
+        return max(0.05, soonest)
 
     def load_left_s(self, now: float) -> float:
         """Seconds until it is loaded, while it is being loaded."""
@@ -115,7 +122,8 @@ class Server:
     """An engine. `holds`: bytes of models it was seen to hold at once; `bursts`: more than it can.
 
     `reading_s`: how long it will read prompts, one after the other, as if it had begun none of them.
-    `room`: bytes of a model that could be loaded if all that is idle were unloaded; 0 while one is being loaded.
+    `room`: bytes of a model that could be loaded if all that is idle were unloaded; negative: none, not even one
+    whose size is not known.
     `drains_for`: until it has loaded that model it takes no other request, at most until then.
     """
 
@@ -134,6 +142,10 @@ class Server:
     holds: float = 0.0
     bursts: float = inf
     room: float = inf
+    known: bool = False
+    """Its worker speaks of it."""
+    pictured: Hashable = None
+    """What was believed after the last report."""
 
     def fits(self, size: float, count: int) -> bool:
         """Whether it can hold so many models of so many bytes together, as far as is known."""
@@ -152,6 +164,19 @@ class Server:
         needed = runner.size * MEMORY_FACTOR + MODEL_MEMORY_BYTES
         return SPILL_S if 0 < self.memory < needed else 0.0
 
+    def demands(self) -> "dict[Demand, None]":
+        """Of the models that it has."""
+        return dict.fromkeys(demand for runner in self.runners.values() for demand in runner.demands)
+
+    def picture(self) -> Hashable:
+        """All of which a report may say something new."""
+        models = [
+            (one.digest, one.loaded, one.loading, one.slots, one.size, one.names) for one in self.runners.values()
+        ]
+        worker = self.worker
+        known = worker, worker.registration, worker.serves, self.models_max, self.memory, self.holds, self.bursts
+        return *known, tuple(models)
+
     def drains(self, now: float) -> bool:
         """Whether it takes nothing, so that it becomes idle."""
         return self.drains_for is not None and self.drains_until > now
@@ -162,14 +187,14 @@ class Server:
         for runner in self.loaded.values():
             rates = runner.rates
             runner.token_s = rates.token_s(self.running)
-            runner.harm_s = (rates.token_s(self.running + 1) - runner.token_s) * self.running
+            runner.harm_s = self.running and (runner.token_s - rates.token_s(self.running - 1)) * self.running
             runner.full_token_s = rates.token_s(max(self.running, runner.slots) - 1)
             runner.prefill_s = rates.prefill_s(1.0)
             if runner.leases:
                 busy += runner.size
                 count += 1
         if self.loading is not None or 0 < self.models_max <= count:
-            self.room = 0.0
+            self.room = -1.0
         elif not count:
             self.room = inf
         elif self.memory:
@@ -202,8 +227,6 @@ class Demand:
     """Somebody waits for a busy runner, which another that waits may change."""
     better_at: float = -inf
     drains: Server | None = None
-    kinds: Counter[Hashable] = field(default_factory=Counter)
-    """Of those that wait: what decides on which hosts they may run."""
 
     def prompt_tokens(self, request: Request, overlap: int = 0) -> float:
         """What of its prompt is to be read where so many bytes of it were read before."""
@@ -219,13 +242,14 @@ class Demand:
 
     def service_s(self, runner: Runner) -> float:
         """How long an average request takes on a runner whose slots are all taken."""
-        return self.prompt.of(PROMPT_TOKENS) * runner.prefill_s + self.output.of(OUTPUT_TOKENS) * runner.full_token_s
+        output_s = self.output.of(OUTPUT_TOKENS) * runner.full_token_s
+        return max(SERVICE_S_MIN, self.prompt.of(PROMPT_TOKENS) * runner.prefill_s + output_s)
 
     def cold_service_s(self, runner: Runner) -> float:
         """The same of one that is not loaded, with its slots alone."""
         rates = runner.rates
         output_s = self.output.of(OUTPUT_TOKENS) * rates.token_s(max(runner.server.running + 1, runner.slots) - 1)
-        return rates.prefill_s(self.prompt.of(PROMPT_TOKENS)) + output_s
+        return max(SERVICE_S_MIN, rates.prefill_s(self.prompt.of(PROMPT_TOKENS)) + output_s)
 
     def wait_s(self, arrivals: float, slots: int, capacity: float = 0.0) -> float:
         """How long a request waits on average, with so many slots more (or less) than are loaded.
@@ -246,17 +270,18 @@ class Demand:
         """See what serves it."""
         capacity, soonest, slots = 0.0, inf, 0
         for runner in self.loaded:
-            if runner.server.worker.available(now):
+            worker = runner.server.worker
+            if worker.serves:
                 slots += runner.slots
                 capacity += runner.slots / self.service_s(runner)
-                soonest = min(soonest, max(runner.load_left_s(now), runner.free_in(now)))
+                soonest = min(soonest, max(runner.load_left_s(now), runner.free_in(now), worker.paused_until - now))
         self.slots, self.capacity, self.soonest = slots, capacity, now + soonest
 
     def end_drain(self) -> None:
         """The engine that was to become idle for it takes other requests again."""
-        if self.drains is not None:
+        if self.drains is not None and self.drains.drains_for is self:
             self.drains.drains_for = None
-            self.drains = None
+        self.drains = None
 
 
 class Runners:
@@ -264,7 +289,8 @@ class Runners:
 
     def __init__(self) -> None:
         self.demands: dict[str, Demand] = {}
-        self.servers: dict[tuple[str, str], Server] = {}
+        self.servers: dict[str, dict[str, Server]] = {}
+        """By worker and URL."""
         self.prefixes: Prefixes[Runner] = Prefixes()
         self._scale = Scale()
 
@@ -281,11 +307,17 @@ class Runners:
             self.demands.pop(demand.name, None)
 
     def _server(self, worker: Worker, url: str) -> Server:
-        key = worker.name, url
-        server = self.servers.get(key)
+        servers = self.servers.setdefault(worker.name, {})
+        server = servers.get(url)
         if server is None:
-            server = self.servers[key] = Server(worker, url)
+            server = servers[url] = Server(worker, url)
         return server
+
+    def _forget(self, server: Server) -> None:
+        servers = self.servers[server.worker.name]
+        del servers[server.url]
+        if not servers:
+            del self.servers[server.worker.name]
 
     def runner(self, worker: Worker, url: str, digest: str, slots: int = 1, size: int = 0) -> Runner:
         """The runner of that name; one of a lease that its engine does not speak of any more is made up."""
@@ -341,8 +373,10 @@ class Runners:
         lease = runner.leases[request.rid]
         lease.started = True
         self._has_read(runner.server, lease)
-        if not runner.loading:
+        if runner.loaded and not runner.loading:
             return None
+        if runner.names and not runner.loaded:
+            self._set_loaded(runner, True)  # whatever its worker said meanwhile: it answers
         self._has_loaded(runner, now)
         return runner
 
@@ -368,15 +402,15 @@ class Runners:
         spent = lease.cost
         if stats is not None:
             spent = self._learn(demand, runner, request, lease, stats)
-        elif not request.events:
+        elif request.events <= request.start:
             spent = 0.0
         demand.line.end(lease.client, lease.cost, spent)
         self.tidy(demand)
         server.refresh()
         if not runner.leases and not runner.names:
             self._drop(runner)
-            if not server.runners and server.url not in server.worker.engines:
-                del self.servers[server.worker.name, server.url]
+            if not server.runners and not server.known:
+                self._forget(server)
         return lease, runner
 
     def _learn(self, demand: Demand, runner: Runner, request: Request, lease: Lease, stats: Stats) -> float:
@@ -405,7 +439,8 @@ class Runners:
 
     @staticmethod
     def _has_read(server: Server, lease: Lease) -> None:
-        server.reading_s = max(0.0, server.reading_s - lease.reads_s) if server.running > 1 else 0.0
+        left_s = server.reading_s - lease.reads_s
+        server.reading_s = left_s if server.running > 1 and left_s > READING_S_MIN else 0.0
         lease.reads_s = 0.0
 
     def _loads(self, runner: Runner, rid: bytes, now: float) -> None:
@@ -458,9 +493,11 @@ class Runners:
 
     # What workers say -------------------------------------------------------------------------------------------------
 
-    def report(self, worker: Worker, engine: Engine, now: float) -> None:
-        """What a worker says of an engine."""
+    def report(self, worker: Worker, engine: Engine, now: float) -> Collection[Demand]:
+        """What a worker says of an engine; its models, if that is anything new."""
         server = self._server(worker, engine.url)
+        demands = server.demands()
+        server.known = True
         server.worker, server.models_max, server.memory = worker, engine.models_max, float(engine.memory_bytes)
         names: dict[str, set[str]] = {}
         told = {model.digest: model.size_bytes for model in engine.models if engine.up and model.resident}
@@ -493,17 +530,22 @@ class Runners:
             if runner.leases:  # they wait in the engine until it is loaded again
                 self._loads(runner, next(iter(runner.leases)), now)
         server.refresh()
+        before, server.pictured = server.pictured, server.picture()
+        return demands | server.demands() if server.pictured != before else ()
 
-    def gone(self, worker: Worker, but: Collection[str] = ()) -> None:
-        """Engines of a worker, all but these, are no more; their leases may be ended later."""
-        for key in [key for key in self.servers if key[0] == worker.name and key[1] not in but]:
-            server = self.servers[key]
+    def gone(self, worker: Worker, but: Collection[str] = ()) -> Collection[Demand]:
+        """Engines of a worker, all but these, are no more; their models. Their leases may be ended later."""
+        demands: dict[Demand, None] = {}
+        for server in [one for url, one in self.servers.get(worker.name, {}).items() if url not in but]:
+            demands |= server.demands()
+            server.known = False
             if server.drains_for is not None:
                 server.drains_for.end_drain()
             for runner in list(server.runners.values()):
                 self._drop(runner)
             if not server.runners:
-                del self.servers[key]
+                self._forget(server)
+        return demands
 
     def _name(self, runner: Runner, names: frozenset[str]) -> None:
         """The model is called so, and no longer otherwise."""

@@ -39,8 +39,8 @@ class Scheduler(Protocol):
     def add(self, request: Request, now: float) -> None:
         """A request waits, at its place by when it was accepted, so that one which waited before gets it back."""
 
-    def discard(self, request: Request, now: float) -> None:
-        """A request waits no longer."""
+    def discard(self, request: Request, turn_at: float | None = None) -> None:
+        """A request waits no longer: its turn has come, at that time, or it is not wanted any more."""
 
     def place(self, state: State, now: float) -> Placement | None:
         """The next request that can run now, and where; it stays in the queue until discarded.
@@ -100,7 +100,7 @@ class WarmFirst:
         queue.insert(bisect(queue, entry), entry)
         self._size += 1
 
-    def discard(self, request: Request, now: float) -> None:
+    def discard(self, request: Request, turn_at: float | None = None) -> None:
         queue = self._queues[_queue_of(request)]
         del queue[bisect_left(queue, (request.accepted, request.rid))]
         self._size -= 1

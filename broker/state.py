@@ -91,9 +91,10 @@ class Worker:
     rids: set[bytes] = field(default_factory=set)
     busy: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def available(self, now: float) -> bool:
-        """Whether it may be given something."""
-        return self.reachable and not self.draining and self.paused_until <= now
+    @property
+    def serves(self) -> bool:
+        """Whether it takes requests, if not at once."""
+        return self.reachable and not self.draining
 
 
 @dataclass(slots=True, eq=False)

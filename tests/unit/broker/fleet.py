@@ -108,7 +108,7 @@ class Fleet(Harness):
         runner.server.refresh()
 
     def server(self, worker: str, url: str = "http://e1") -> Server:
-        return self.policy.runners.servers[worker, url]
+        return self.policy.runners.servers[worker][url]
 
     def runner(self, worker: str, model: str = "m") -> Runner:
         return self.server(worker).runners[f"sha:{model}"]

@@ -1,6 +1,7 @@
 """Whose turn it is, and where everybody else stands."""
 
 from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from random import Random
 
@@ -34,25 +35,33 @@ class Lane:
         for name in names:
             self.add(name, cost)
 
-    def add(self, name: str, cost: float = 100.0, now: float = NOW, **more: object) -> Entry:
+    def add(
+        self, name: str, cost: float = 100.0, now: float = NOW, kind: str = "", parked: bool = False, **more: object
+    ) -> Entry:
         self.requests[name] = request = ask(name, **{"accepted": now, **more})  # type: ignore[arg-type]
-        return self.line.add(request, cost)
+        return self.line.add(request, cost, kind=kind, parked=parked)
 
-    def discard(self, name: str, now: float = NOW) -> None:
-        self.line.discard(self.requests[name], now)
+    def discard(self, name: str) -> None:
+        self.line.discard(self.requests[name])
 
     def firsts(self, now: float = NOW, barred: str = "") -> list[str]:
-        """Each client's first request, in turn."""
-        return [entry.request.submit.ref for entry in self.line.candidates(now, lambda client: client != barred)]
+        """Each client's first request, in turn; but of that one."""
+        self.line.park(barred, True)
+        firsts: dict[str, str] = {}
+        for entry in self.line.candidates(now):
+            firsts.setdefault(entry.client.name, entry.request.submit.ref)
+        self.line.park(barred, False)
+        return list(firsts.values())
 
     def run(self, name: str, cost: float = 100.0, now: float = NOW) -> None:
         request = self.requests[name]
-        self.line.discard(request, now)
+        self.line.discard(request, turn_at=now)
+        request.ordinal += 1
         self.line.begin(request.submit.client, cost, request.submit.weight)
 
     def next(self, now: float = NOW, cost: float = 100.0) -> str:
         """Run the request whose turn it is."""
-        with closing(self.line.candidates(now, lambda _: True)) as candidates:
+        with closing(self.line.candidates(now)) as candidates:
             name = next(candidates).request.submit.ref
         self.run(name, cost, now)
         return name
@@ -218,7 +227,7 @@ def test_the_service_of_clients_that_always_wait_differs_by_no_more_than_what_ru
             lane.line.end(name, charged, cost)
             served[name] += cost / weight_of[name]
             assert max(served.values()) - min(served.values()) <= bound
-        entry = next(iter(lane.line.candidates(NOW, lambda _: True)))
+        entry = next(iter(lane.line.candidates(NOW)))
         client = entry.client.name
         charged, cost = entry.cost, estimate()
         lane.line.discard(entry.request, NOW)
@@ -292,6 +301,50 @@ def test_who_comes_back_into_its_class_waits_from_then() -> None:
     assert lane.firsts(NOW + 20 + AGES_S[1]) == ["b1", "c1", "a2"]
 
 
+def test_only_a_turn_makes_a_client_younger() -> None:
+    """Not that its first request was given up, nor that a later one was."""
+    lane = Lane("a1", "a2", "a3")
+    lane.add("b1", priority="interactive")
+    lane.discard("a3")
+    lane.discard("a1")
+    late = NOW + AGES_S[1]
+    lane.firsts(late)
+    assert lane.line.get(lane.requests["a2"]).rank == 0
+
+
+def test_a_turn_that_came_to_nothing_was_none() -> None:
+    lane = Lane("a1", "a2")
+    lane.add("b1", priority="interactive")
+    for second in range(1, int(AGES_S[1])):
+        lane.run("a1", now=NOW + second)
+        lane.line.end("a", 100.0, 0.0)
+        lane.line.add(lane.requests["a1"], 100.0)
+    lane.firsts(NOW + AGES_S[1])
+    assert lane.line.get(lane.requests["a1"]).rank == 0
+
+
+def test_what_comes_back_is_raised_when_it_would_have_been() -> None:
+    """Though its client was to be looked at later by then."""
+    lane = Lane("a1")
+    lane.add("x1", now=NOW + 28)
+    lane.run("a1", now=NOW + 29)
+    lane.add("a2", now=NOW + 29.5)
+    lane.firsts(NOW + AGES_S[1])
+    lane.discard("a2")
+    lane.line.end("a", 100.0, 0.0)
+    lane.line.add(lane.requests["a1"], 100.0)
+    lane.firsts(NOW + AGES_S[1] + 1)
+    assert lane.line.get(lane.requests["a1"]).rank == 0
+
+
+def test_a_line_that_was_empty_ages_again() -> None:
+    lane = Lane("a1")
+    lane.discard("a1")
+    lane.add("a2", now=NOW + 1)
+    lane.firsts(NOW + 1 + AGES_S[1])
+    assert lane.line.get(lane.requests["a2"]).rank == 0
+
+
 def test_those_that_were_raised_share_with_those_that_are_there() -> None:
     """Who has waited long does not come before everybody else for as long."""
     lane = Lane()
@@ -347,18 +400,57 @@ def test_a_deadline_far_away_waits_no_longer_than_none() -> None:
 # Looking at them ------------------------------------------------------------------------------------------------------
 
 
-def test_candidates_are_the_first_of_each_client_that_is_admitted() -> None:
+def looked_at(lane: Lane, full: Collection[str] = (), fills: Mapping[str, str] | None = None) -> list[str]:
+    """All candidates, of none of `full` kinds; after each of `fills` its kind is full."""
+    kinds, names = set(full), []
+    for entry in lane.line.candidates(NOW, kinds):
+        names.append(entry.request.submit.ref)
+        if names[-1] in (fills or {}):
+            kinds.add((fills or {})[names[-1]])
+    return names
+
+
+def test_candidates_come_by_turns_and_each_clients_in_order() -> None:
     lane = Lane("a1", "a2", "b1", "c1")
     lane.add("b2", priority="interactive")
-    assert lane.firsts() == ["b2", "a1", "b1", "c1"]
-    assert lane.firsts(barred="b") == ["a1", "c1"]
-    assert lane.firsts() == ["b2", "a1", "b1", "c1"]
+    lane.line.begin("a", 500.0, 1.0)
+    assert looked_at(lane) == ["b2", "b1", "c1", "a1", "a2"]
+
+
+def test_a_client_that_is_parked_has_no_turn() -> None:
+    lane = Lane("a1", "b1", "c1")
+    assert lane.line.park("b", True)
+    assert not lane.line.park("b", True)
+    lane.add("b2", parked=True)
+    lane.line.begin("b", 1.0, 1.0)
+    assert looked_at(lane) == ["a1", "c1"]
+    assert lane.line.waits("b")
+    assert lane.line.park("b", False)
+    assert looked_at(lane) == ["a1", "c1", "b1", "b2"]
+    assert not lane.line.park("nobody", True)
+
+
+def test_one_kind_that_is_full_holds_up_no_other() -> None:
+    """Not even of the same client."""
+    lane = Lane()
+    for name, kind in (("a1", "x"), ("a2", "y"), ("b1", "x"), ("c1", "y"), ("a3", "x")):
+        lane.add(name, kind=kind)
+    assert dict(lane.line.kinds) == {"x": 3, "y": 2}
+    assert looked_at(lane) == ["a1", "a2", "a3", "b1", "c1"]
+    assert looked_at(lane, fills={"a1": "x"}) == ["a1", "a2", "c1"]
+    assert looked_at(lane, full="x") == ["a2", "c1"]
+    assert looked_at(lane, full="xy") == []
+    lane.discard("a2")
+    lane.discard("c1")
+    assert dict(lane.line.kinds) == {"x": 3}
+    assert looked_at(lane, full="x") == []
+    assert looked_at(lane) == ["a1", "a3", "b1"]
 
 
 def test_whoever_stops_looking_leaves_all_turns_as_they_were() -> None:
     lane = Lane("a1", "b1", "c1")
     for looks in (1, 2, 3):
-        with closing(lane.line.candidates(NOW, lambda _: True)) as candidates:
+        with closing(lane.line.candidates(NOW)) as candidates:
             for _ in range(looks):
                 next(candidates)
     assert lane.firsts() == ["a1", "b1", "c1"]
@@ -483,7 +575,7 @@ def test_the_line_is_what_was_added_and_not_discarded(seed: int) -> None:
             del waiting[name]
             lane.discard(name)
         elif action < 0.9:
-            entry = next(iter(lane.line.candidates(now, lambda _: True)))
+            entry = next(iter(lane.line.candidates(now)))
             entries = [lane.line.get(request) for request in waiting.values()]
             rank = min(one.rank for one in entries)
             best = min((one.client.served, one.key) for one in entries if one.rank == rank)
@@ -504,7 +596,7 @@ def test_the_line_is_what_was_added_and_not_discarded(seed: int) -> None:
 
 
 def _heaps(line: Line) -> int:
-    return sum(map(len, line._turns)) + sum(map(len, line._rising))
+    return sum(len(turns) for kinds in line._turns for turns in kinds.values()) + sum(map(len, line._rising))
 
 
 def test_stale_entries_are_bounded() -> None:
@@ -519,6 +611,19 @@ def test_stale_entries_are_bounded() -> None:
     late = NOW + 2 * sum(AGES_S)
     assert lane.firsts(late) == ["keeps1"]
     assert not any(lane.line._rising)
+
+
+def test_clients_that_have_left_are_not_kept_to_be_raised() -> None:
+    lane = Lane("keeps1")
+    for number in range(10 * SLACK):
+        lane.add(f"r{number}", client=f"c{number}", priority="batch")
+        lane.add(f"s{number}", client=f"c{number}")
+        lane.discard(f"r{number}")
+        lane.discard(f"s{number}")
+    assert _heaps(lane.line) <= 5 * SLACK
+    late = NOW + AGES_S[1]
+    lane.firsts(late)
+    assert lane.line.get(lane.requests["keeps1"]).rank == 0
 
 
 def test_an_empty_line_keeps_no_request() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from broker.core import RETRY_AFTER_MS, BrokerCore
 from broker.order import AGES_S
-from broker.policy import AFFINITY_S_MAX
+from broker.policy import AFFINITY_S_MAX, WAITS_LOOK_MAX
 from common.errors import Code
 from common.protocol import (
     BESIDE_MAX,
@@ -114,14 +114,21 @@ def test_it_does_not_wait_where_that_takes_longer() -> None:
     assert f.ask("a4", text=TEXT) == "w1"
 
 
-def test_only_so_many_that_wait_for_their_host_are_passed_over() -> None:
+def test_those_that_wait_for_their_host_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many they are, nor their own client's."""
     f = warm_on_w2()
     f.ask("a2", text=TEXT, output_max=100)
-    for client in "bcde":
-        assert f.ask(f"{client}1", text=TEXT, deadline_ms=50_000) == "-"
-    assert f.ask("z1", text="short") == "-"
-    f.finish("a2")
-    assert f.where("b1", "c1", "z1") == "w2 - w1"
+    for number in range(2 * WAITS_LOOK_MAX):
+        assert f.ask(f"b{number}", text=TEXT, deadline_ms=50_000) == "-"
+    looked_at: list[Any] = []
+    choose = f.policy._choose
+    monkeypatch.setattr(f.policy, "_choose", lambda *args: (looked_at.append(args[1]), choose(*args))[1])
+    assert f.ask("z1", text="short") == "w1"
+    assert len(looked_at) == WAITS_LOOK_MAX + 2, "and the first again, when no slot was left"
+    f.finish("z1")
+    assert f.ask("b99", text="short") == "w1"
+    f.finish("a2", "b99")
+    assert f.where("b0", "b1") == "w2 -"
 
 
 # Options with which a model is loaded -------------------------------------------------------------------------------

@@ -224,9 +224,9 @@ def test_nothing_is_kept_of_an_engine_once_its_last_lease_has_ended() -> None:
     f = Fleet(w1=host("m"))
     f.ask("a1")
     f.engines(host("m", url="http://e2"))
-    assert ("w1", "http://e1") in f.policy.runners.servers
+    assert "http://e1" in f.policy.runners.servers["w1"]
     f.finish("a1")
-    assert list(f.policy.runners.servers) == [("w1", "http://e2")]
+    assert list(f.policy.runners.servers["w1"]) == ["http://e2"]
     assert f.ask("a2") == "w1"
 
 
