@@ -405,7 +405,7 @@ class BrokerCore:
                 return
             if submit.attachment < known.attachment:
                 # It asked for the request meanwhile, and gets it: this is from before.
-                self._tell_again(known)
+                self._tell_again(known, now)
                 return
             self._take_from(known, gateway)
             if agrees(known, submit):
@@ -532,7 +532,7 @@ class BrokerCore:
         if request.phase is Phase.LEASED and not request.body and not request.events:
             request.body_bytes = len(body)  # it was claimed, and a claim brings no body
             self.state.put_body(request, body)
-        self._tell_again(request)
+        self._tell_again(request, now)
 
     def _set_timers(self, request: Request, submit: Submit, now: float) -> None:
         if request.deadline is None and submit.deadline_ms is not None:
@@ -859,7 +859,7 @@ class BrokerCore:
             self._tell_gap(request, claim.top)
         elif request is not None and believes(request, claim):
             self._take_up(request, worker, claim, now)
-            self._tell_again(request)
+            self._tell_again(request, now)
         elif request is not None and not spoken and self._window.dispute(request, worker, claim, now):
             return
         else:
@@ -1222,11 +1222,12 @@ class BrokerCore:
         if request.gateway is not None:
             self._send(Side.GATEWAY, request.gateway.peer, message, payload)
 
-    def _tell_again(self, request: Request) -> None:
+    def _tell_again(self, request: Request, now: float) -> None:
         """A gateway comes to it, or asks after a break: tell where its request is."""
         self._tell(request, Accepted(rid=request.rid))
         if request.phase is Phase.QUEUED:
             request.told_position = 0
+            self._tell_outlook(self.scheduler.outlook(request, now), now)
             return
         # Also of what has ended: it may lack events, and asks for them by the attempt.
         if request.worker is not None:

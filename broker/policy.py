@@ -3,13 +3,14 @@
 Theory of operation
 -------------------
 Every model has a line (broker/order.py): whose turn it is. Every model on an engine is a runner (broker/runners.py). A
-request leaves its line for a free slot of a loaded runner, the one where it costs least time:
+request leaves its line for a free slot of a loaded runner, the one where it costs least time, it and others together:
 
     finish = reading what is new of the prompt + writing the expected answer among the others that run there
-             + by how much that makes the answers of those others later
+    cost   = finish + by how much that makes the answers of those others later
 
-It may wait for a busy runner that has most of its prompt, as long as that is expected to be quicker, and never longer
-than reading it anew takes elsewhere. Where no loaded runner has a free slot, another may be loaded (broker/loads.py).
+It may wait for a busy runner that is expected to finish it sooner than the free one, most often as it has most of its
+prompt; never longer than was expected to be saved when it began to wait. Those behind it may go elsewhere meanwhile.
+Where no loaded runner has a free slot, another may be loaded (broker/loads.py).
 
 A decision looks at each loaded runner of one model once, and where none is free at each engine. Lines in which
 something may have changed are `_dirty`; others are not looked at, but for once every LOOK_S, as estimates change.
@@ -25,7 +26,7 @@ from broker.loads import Option, best_load, better
 from broker.order import Entry
 from broker.rules import Rules
 from broker.runners import Demand, Runner, Runners, Server
-from broker.scheduler import Outlook, Placement, Scheduler, WarmFirst
+from broker.scheduler import FirstCome, Outlook, Placement, Scheduler
 from broker.state import Request, State, Worker
 from common.protocol import Stats, names_engine
 
@@ -48,7 +49,7 @@ class Policy(Scheduler):
     def __init__(self, rules: Rules | None = None) -> None:
         self._rules = rules or Rules(())
         self.runners = Runners()
-        self._beside = WarmFirst()
+        self._beside = FirstCome()
         self._beside_dirty = False
         self._dirty: dict[Demand, None] = {}
         self._lines: dict[Demand, None] = {}

@@ -37,7 +37,12 @@ class Rule:
         if match is None:
             raise UsageError(f"a rule reads `model=PATTERN on KEY=VALUE` or `client=PATTERN not KEY=VALUE`: {text!r}")
         kind, pattern, how, label = match.groups()
-        return cls(kind, full_name(pattern) if kind == "model" and "*" not in pattern else pattern, how == "on", label)
+        return cls(
+            kind,
+            full_name(pattern) if kind == "model" and not set("*?[") & set(pattern) else pattern,
+            how == "on",
+            label,
+        )
 
 
 class Rules:

@@ -63,7 +63,7 @@ class Lease:
     started: bool = False
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Runner:
     """A model on an engine, loaded or not.
 
@@ -117,7 +117,7 @@ class Runner:
         return max(0.1, self.since + self.rates.load_s() - now) if self.loading else 0.0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Server:
     """An engine. `holds`: bytes of models it was seen to hold at once; `bursts`: more than it can.
 
@@ -204,7 +204,7 @@ class Server:
             self.room = max(self.holds, self.bursts - 1) - busy
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Demand:
     """What is known of the requests for a model.
 

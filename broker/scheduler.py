@@ -1,4 +1,4 @@
-"""Which request goes where: first come, first served per model; warm hosts first, then the least busy.
+"""What the core asks of a scheduler, and the simplest one.
 
 The core asks `place` after anything that may have freed a slot or brought a request, and only takes decisions that hold
 now: a request leaves the queue for a free slot, never for a promise.
@@ -11,7 +11,7 @@ from math import inf
 from typing import Protocol
 
 from broker.state import Request, State, Worker
-from common.protocol import BESIDE_MAX, LIGHT, Engine, Stats
+from common.protocol import BESIDE_MAX, LIGHT, Stats
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,7 +61,7 @@ class Scheduler(Protocol):
         """A worker came, or says something else of its engines."""
 
     def worker_gone(self, worker: Worker) -> None:
-        """A worker is lost; its leases may end before or after."""
+        """A worker is lost; its leases may have ended or end later."""
 
     def look_again(self) -> None:
         """Workers may be used (again) or not: drained, refused, out of reach."""
@@ -87,8 +87,11 @@ class Scheduler(Protocol):
     def __len__(self) -> int: ...
 
 
-class WarmFirst:
-    """The scheduler of this version: O(models waiting · hosts) a decision."""
+class FirstCome:
+    """For what takes no slot: first come, first served, on the host with the fewest leases.
+
+    O(models waiting · hosts) a decision.
+    """
 
     def __init__(self) -> None:
         self._queues: dict[tuple[str, bool], list[tuple[float, bytes, Request]]] = {}
@@ -154,37 +157,22 @@ class WarmFirst:
         return self._size
 
     def _best(self, request: Request, state: State, now: float) -> Placement | None:
-        best: tuple[tuple[bool, int, str, str], Placement] | None = None
-        offers = [offer for offer in state.offers(request.submit.model) if offer[0].reachable and not offer[0].draining]
+        best: tuple[tuple[int, str, str], Placement] | None = None
+        offers = [offer for offer in state.offers(request.submit.model) if offer[0].serves]
         if request.failed_on:
             # Not where it failed, as long as there is another, even a busy one: a broken host is always free.
             offers = [offer for offer in offers if offer[0].name not in request.failed_on] or offers
         for worker, engine, model in offers:
-            if worker.paused_until > now:
-                continue
             digest = LIGHT if request.submit.light else model.digest
-            busy = worker.busy[engine.url, digest]
-            beside_max = BESIDE_MAX.get(digest)
-            if busy >= (beside_max or model.slots) or (not beside_max and not busy and _full(worker, engine)):
+            if worker.paused_until > now or worker.busy[engine.url, digest] >= BESIDE_MAX[digest]:
                 continue
             # Names make ties repeatable.
-            key = (
-                not (model.resident or busy),
-                sum(count for (url, _), count in worker.busy.items() if url == engine.url),
-                worker.name,
-                engine.url,
-            )
+            key = sum(count for (url, _), count in worker.busy.items() if url == engine.url), worker.name, engine.url
             if best is None or key < best[0]:
                 best = key, Placement(request, worker, engine.url, digest)
         return best[1] if best else None
 
 
 def _queue_of(request: Request) -> tuple[str, bool]:
-    """Light requests wait for no slot, so they don't wait behind those that do."""
+    """Light requests don't wait behind operations on the engine."""
     return request.submit.model, request.submit.light
-
-
-def _full(worker: Worker, engine: Engine) -> bool:
-    """Whether another model would make the engine evict one that is busy."""
-    busy = sum(url == engine.url and digest not in BESIDE_MAX for url, digest in worker.busy)
-    return 0 < engine.models_max <= busy

@@ -24,7 +24,7 @@ INDEX_MAX: Final = 200_000
 PLANNED_LOAD_MAX: Final = 0.4
 
 
-class InOrder(scheduler.WarmFirst):
+class InOrder(scheduler.FirstCome):
     """First come, first served for each model; a subclass says where."""
 
     def choose(self, request: Request, offers: Sequence[Offer]) -> Offer | None:

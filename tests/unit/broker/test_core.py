@@ -177,6 +177,43 @@ def test_positions_are_told_to_a_bounded_number_at_a_time(h: Harness, monkeypatc
     assert [(queued.rid[:2], queued.position) for queued in h.told(Queued)] == [(b"r5", 3), (b"r6", 4)]
 
 
+def test_however_they_came_so_many_positions_are_told_at_a_time(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "POSITIONS_STEP", 2)
+    running(h)
+    for number in range(2, 42):
+        h.submit(f"r{number}")
+        h.now += 0.01
+    h.sent(b"g1")
+    request = h.request(rid_of("r2"))
+    start, told = h.now, []
+    while h.now < start + 3:
+        h.now = max(h.core.next_deadline(), h.now + 0.01)
+        before = sum(one.told_at == h.now for one in h.core.state.requests.values())
+        h.tick()
+        told.append(sum(one.told_at == h.now for one in h.core.state.requests.values()) - before)
+    assert request.told_at > start
+    assert max(told) == 2
+    assert sum(told) <= 2 * ((3 - 1.6) / core.POSITIONS_STEP_S + 2)
+
+
+def test_who_asks_again_hears_its_place_at_once(h: Harness) -> None:
+    running(h)
+    h.submit("r2")
+    h.sent(b"g1")
+    h.submit("r2", accepted=True)
+    assert positions(h) == [(rid_of("r2"), 1)]
+
+
+def test_what_is_submitted_again_is_what_it_was(h: Harness) -> None:
+    """A request that waits for a slot does not become one that takes none."""
+    running(h)
+    rid = h.submit("r2")
+    h.submit("r2", accepted=True, light=True)
+    assert not h.request(rid).submit.light
+    h.cancel(rid)
+    assert not len(h.core.scheduler)
+
+
 def test_what_came_and_went_is_not_kept_to_be_told(h: Harness) -> None:
     running(h)
     h.submit("r2")
@@ -717,9 +754,10 @@ def test_a_gateway_that_comes_back_is_told_where_its_requests_are(h: Harness) ->
     h.submit("r2", peer=peer)
     leased = Leased(rid=assign.rid, attempt=assign.attempt, worker="w1", engine="http://e1")
     gap = Gap(rid=assign.rid, attempt=assign.attempt, top=4)
-    assert h.sent(peer) == [Accepted(rid=assign.rid), leased, gap, Accepted(rid=waits)]
-    h.wait(2.5, beating=[peer, b"w1"])
-    assert positions(h, peer) == [(waits, 1)]
+    *told, queued = h.sent(peer)
+    assert told == [Accepted(rid=assign.rid), leased, gap, Accepted(rid=waits)]
+    assert isinstance(queued, Queued)
+    assert (queued.rid, queued.position) == (waits, 1)
     frame = h.chunk(assign.rid, assign.attempt, 4)
     assert h.effects == [Forward(peer, assign.rid, frame)]
 

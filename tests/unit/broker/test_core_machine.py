@@ -405,7 +405,8 @@ class Fabric(RuleBasedStateMachine):
         request = core.state.requests.get(assign.rid)
         fresh = request is not None and self.h.now - request.accepted < AGES_S[PRIORITIES["normal"]]
         if request is not None and request.attempt == assign.attempt and fresh:
-            behind = [r for r in waiting if r.submit.model == assign.model and r.submit.client == request.submit.client]
+            kind = assign.model, request.submit.client, request.failed_on
+            behind = [r for r in waiting if (r.submit.model, r.submit.client, r.failed_on) == kind]
             assert all(_turn(r) > _turn(request) for r in behind), "out of turn"
         assert not worker.draining
         if assign.registration != worker.registration or worker.refuses:

@@ -1,5 +1,6 @@
 """What is loaded where, and for whom an engine becomes idle, seen through the broker's core."""
 
+from math import inf
 from typing import Any
 
 from broker.loads import DRAIN_S_MAX, STARVING_S
@@ -332,3 +333,51 @@ def test_to_become_idle_for_a_model_is_for_a_host_where_it_fits() -> None:
     f.pass_time(60)
     assert f.server("w2").drains(f.now)
     assert not f.server("w1").drains(f.now)
+
+
+def test_an_engine_loads_one_model_at_a_time_even_of_unknown_sizes() -> None:
+    f = Fleet(w1=host(cold="mn", sizes={"m": 0, "n": 0}))
+    assert (f.ask("a1", "m"), f.ask("b1", "n")) == ("w1", "-")
+    f.begin("a1")
+    assert f.where("b1") == "w1"
+
+
+def test_who_no_longer_drains_an_engine_does_not_end_anothers_drain() -> None:
+    f = Fleet(w1=host("m", cold="nk", models_max=1, slots=2))
+    f.teach("w1", load_s=1)
+    f.ask("a1", "m")
+    f.pass_time(10)
+    f.ask("k1", "k")
+    f.pass_time(STARVING_S + 1)
+    server = f.server("w1")
+    assert server.drains_for is f.demand("k")
+    server.drains_until = f.now
+    f.ask("n1", "n")
+    f.request(rid_of("n1")).accepted -= 2 * STARVING_S
+    f.policy._dirty = {f.demand("n"): None}
+    f.tick()
+    assert server.drains_for is f.demand("n")
+    f.cancel(rid_of("k1"))
+    assert server.drains_for is f.demand("n")
+
+
+def test_an_engine_that_drains_does_not_load_other_options_either() -> None:
+    f = Fleet(w1=host("m", "p", cold="n", models_max=2, slots=2))
+    f.teach("w1", load_s=1)
+    f.ask("a1", "m")
+    f.ask("p1", "p", variant="x")
+    f.pass_time(10)
+    f.ask("n1", "n")
+    f.pass_time(STARVING_S + 1)
+    assert f.server("w1").drains_for is f.demand("n")
+    f.ask("p2", "p", variant="y")
+    f.finish("p1")
+    assert f.where("p2", "n1") == "- w1"
+
+
+def test_where_only_busy_models_are_left_to_unload_nothing_is_loaded() -> None:
+    """Whatever room there was thought to be: it is a quick estimate."""
+    f = Fleet(w1=host("m", cold="n", models_max=1))
+    f.ask("a1", "m")
+    f.server("w1").room = inf
+    assert f.ask("b1", "n") == "-"

@@ -1,10 +1,12 @@
 """The right host, in the right order: what the scheduler promises, seen through the broker's core."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from broker.core import RETRY_AFTER_MS, BrokerCore
 from broker.order import AGES_S
-from broker.policy import AFFINITY_S_MAX, WAITS_LOOK_MAX
+from broker.policy import AFFINITY_S_MAX, LOOKS_MAX, WAITS_LOOK_MAX
 from common.errors import Code
 from common.protocol import (
     BESIDE_MAX,
@@ -55,6 +57,9 @@ def test_by_how_much_others_would_be_slowed_counts() -> None:
     f.core.state.workers["w2"].draining = False
     f.teach("w2", token_ms=18)
     runner, other = f.runner("w1"), f.runner("w2")
+    each_s = runner.rates.token_s(3) - runner.rates.token_s(2)
+    assert runner.harm_s == pytest.approx(3 * each_s)
+    assert other.harm_s == 0
     assert runner.token_s < other.token_s < runner.token_s + runner.harm_s
     assert f.ask("a1") == "w2"
 
@@ -120,11 +125,10 @@ def test_those_that_wait_for_their_host_hold_up_nobody_else(monkeypatch: pytest.
     f.ask("a2", text=TEXT, output_max=100)
     for number in range(2 * WAITS_LOOK_MAX):
         assert f.ask(f"b{number}", text=TEXT, deadline_ms=50_000) == "-"
-    looked_at: list[Any] = []
-    choose = f.policy._choose
-    monkeypatch.setattr(f.policy, "_choose", lambda *args: (looked_at.append(args[1]), choose(*args))[1])
+    looks = Mock(wraps=f.policy._choose)
+    monkeypatch.setattr(f.policy, "_choose", looks)
     assert f.ask("z1", text="short") == "w1"
-    assert len(looked_at) == WAITS_LOOK_MAX + 2, "and the first again, when no slot was left"
+    assert looks.call_count == WAITS_LOOK_MAX + 2, "and the first again, when no slot was left"
     f.finish("z1")
     assert f.ask("b99", text="short") == "w1"
     f.finish("a2", "b99")
@@ -225,6 +229,49 @@ def test_a_host_that_drains_or_is_out_of_reach_gets_nothing() -> None:
     assert f.where("a1") == "w2"
 
 
+def test_a_host_that_is_given_nothing_for_a_moment_is_waited_for() -> None:
+    """It is busy rather than gone: nothing is unloaded elsewhere for a quarter of a second."""
+    f = Fleet(w1=host("m"), w2=host("n", cold="m", models_max=1))
+    f.ask("n1", "n")
+    f.finish("n1")
+    f.ask("a1")
+    f.refused(rid_of("a1"), f.request(rid_of("a1")).attempt)
+    assert f.where("a1") == "-"
+    assert f.loaded("w2") == "n"
+    assert f.demand().slots == 1
+    f.pass_time(0.5)
+    assert f.where("a1") == "w1"
+
+
+def test_requests_that_are_refused_are_no_new_ones() -> None:
+    f = Fleet(w1=host("m"))
+    f.ask("a1")
+    before = f.demand().arrivals.per_s(f.now)
+    for _ in range(10):
+        f.refused(rid_of("a1"), f.request(rid_of("a1")).attempt)
+        f.pass_time(0.5)
+    assert f.where("a1") == "w1"
+    assert 0 < f.demand().arrivals.per_s(f.now) <= before
+
+
+def test_those_for_whom_there_is_no_host_hold_up_nobody_however_many_they_are() -> None:
+    f = Fleet(rules=["client=p* on host=w1", "client=q on host=w2"], w1=host("m"), w2=host("m"))
+    for number in range(2 * LOOKS_MAX):
+        f.submit(f"r{number}", client=f"p{number}", model="m:latest")
+    assert f.ask("q1") == "w2"
+
+
+def test_a_request_that_failed_does_not_hold_up_the_others_of_its_client() -> None:
+    f = Fleet(w1=host("m", slots=3), w2=host("m"))
+    f.ask("a1")
+    f.ask("x1")
+    rid, other = rid_of("a1"), {"w1": "w2", "w2": "w1"}[f.where("a1")]
+    assert other == "w2"
+    f.failed(rid, f.request(rid).attempt, retryable=True)
+    assert f.where("a1", "x1") == "- w2"
+    assert f.ask("a2") == "w1"
+
+
 # Clients ------------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +283,51 @@ def test_a_client_runs_no_more_at_once_than_it_may() -> None:
     f.finish("a2")
     assert f.where("a3") == "w1"
     assert f.ask("a4") == "w1"  # it was lifted
+
+
+def test_many_clients_at_their_limits_are_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = Fleet(w1=host("m", "n", slots=40))
+    for number in range(20):
+        for model in "mnm":
+            f.submit(
+                f"{model}{number}.{len(f.core.state.requests)}",
+                client=f"c{number}",
+                model=f"{model}:latest",
+                running_max=1,
+            )
+    assert len(f.runner("w1").leases) == 20
+    looks = Mock(wraps=f.policy._choose)
+    monkeypatch.setattr(f.policy, "_choose", looks)
+    assert f.ask("z1") == f.ask("z2", "n") == "w1"
+    assert looks.call_count == 2
+    first = next(iter(f.runner("w1").leases))
+    f.end(first, f.request(first).attempt, 0)
+    assert (len(f.runner("w1", "n").leases), looks.call_count) == (2, 3), "its client's next, for whichever model"
+
+
+def test_a_limit_that_is_raised_or_lifted_holds_at_once() -> None:
+    f = Fleet(w1=host("m", slots=10))
+    assert [f.ask(f"a{number}", running_max=1) for number in range(4)] == ["w1", "-", "-", "-"]
+    assert f.ask("a4", running_max=2) == "-"
+    assert f.where("a1", "a2") == "w1 -"
+    assert f.ask("a5") == "w1"
+    assert f.where("a2", "a3", "a4") == "w1 w1 w1"
+
+
+def test_limits_are_kept_as_long_as_something_waits_or_runs() -> None:
+    f = Fleet(w1=host("m"))
+    f.ask("x1")
+    f.ask("a1", running_max=1)
+    f.ask("a2", running_max=1)
+    f.cancel(rid_of("a1"))
+    assert f.policy._running_max == {"a": 1}
+    f.finish("x1")
+    f.finish("a2")
+    assert f.policy._running_max == {}
+    f.ask("x2")
+    f.ask("b1", running_max=1)
+    f.cancel(rid_of("b1"))
+    assert f.policy._running_max == {}
 
 
 def test_what_waits_runs_by_turns() -> None:

@@ -25,6 +25,7 @@ from common.protocol import (
     Gap,
     Leased,
     Lost,
+    Queued,
     Registered,
     Release,
     Replay,
@@ -1063,7 +1064,7 @@ def test_attach_to_a_continuation_that_has_not_begun_carries_its_events(h: Harne
     assert (submit.lost, submit.next_seq, submit.body_bytes, payload) == (True, 3, 4, b"body{}\n{}\n{}\n")
     assert ordinal_of(submit.attempt) == 1, "the attempt that these are of is over"
     sent = h.sent(b"g2")
-    assert [type(message) for message in sent] == ([Accepted, Leased, Gap] if leased else [Accepted])
+    assert [type(message) for message in sent] == ([Accepted, Leased, Gap] if leased else [Accepted, Queued])
     assert not leased or sent[1].attempt > submit.attempt
     assert (phase(h), h.request(R1).start) == (Phase.LEASED if leased else Phase.QUEUED, 3)
 

@@ -428,3 +428,76 @@ def test_with_which_options_a_model_was_loaded_before_the_broker_came_is_not_kno
     assert f.server("w1").loading is None
     assert f.ask("a2", variant="num_ctx=8192") == "w1"
     assert f.ask("a3", variant="num_ctx=4096") == "w2", "now it is"
+
+
+def test_a_report_that_says_nothing_new_changes_nothing() -> None:
+    f = Fleet(w1=host("m", cold="n"), w2=host("k"))
+    for name, model in (("a", "m"), ("b", "n"), ("c", "k")):
+        f.ask(f"{name}1", model)
+        f.ask(f"{name}2", model)
+    f.policy._dirty.clear()
+    worker = f.core.state.workers["w1"]
+    again, other = host("m", cold="n"), host("m", cold="n", models_max=2)
+    f.policy.runners.report(worker, again, f.now)
+    assert not f.policy.runners.report(worker, again, f.now)
+    assert {demand.name for demand in f.policy.runners.report(worker, other, f.now)} == {"m:latest", "n:latest"}
+
+
+def test_what_was_read_leaves_no_rest() -> None:
+    """Floats that are added and taken away in another order: what is left looked like a prompt that is being read."""
+    f = Fleet(w1=host("m", slots=8))
+    f.teach("w1", token_ms=10, read_ms=1)
+    f.ask("k1", prompt_bytes=400)
+    f.begin("k1")
+    for number in range(20):
+        f.ask("a1", prompt_bytes=1234 + 37 * number)
+        f.ask("b1", prompt_bytes=777 + 13 * number)
+        f.begin("a1")
+        f.begin("b1")
+        assert f.server("w1").reading_s == 0
+        f.finish("a1", "b1")
+
+
+def test_what_answers_is_in_memory_whatever_was_said() -> None:
+    f = Fleet(w1=host(cold="mn", slots=2, models_max=1))
+    f.ask("a1", "m")
+    f.engines(Engine(url="http://e1", up=False))
+    f.engines(host(cold="mn", slots=2, models_max=1))
+    assert f.ask("b1", "n") == "-"
+    f.begin("a1")
+    assert f.loaded("w1") == "m"
+    assert f.where("b1") == "-"
+    f.finish("a1")
+    assert f.where("b1") == "w1"
+
+
+def test_what_is_given_back_before_it_began_costs_nothing_nor_does_a_continuation() -> None:
+    f = Fleet(w1=host("m"))
+    f.submit("a1", model="m:latest", client="a", accepted=True, attempt=attempt_of(1, 7), lost=True, next_seq=5)
+    f.pass_time(3)
+    assert f.where("a1") == "w1"
+    f.refused(rid_of("a1"), f.request(rid_of("a1")).attempt)
+    assert f.demand().line.counters() == {"a": 0.0}
+
+
+def test_a_model_that_takes_no_time_is_no_division_by_zero() -> None:
+    f = Fleet(w1=host("m"))
+    f.ask("a1", text="abcdefgh", output_max=0)
+    f.cancel(rid_of("a1"))
+    f.ask("a2", text="abcdefgh", output_max=0)
+    f.finish("a2", prompt_tokens=500, prompt_ns=MS)
+    assert f.ask("b1", text="abc", output_max=0) == "w1"
+    assert f.ask("b2", text="abc", output_max=0) == "-"
+
+
+def test_leases_that_end_after_their_worker_leave_nothing() -> None:
+    f = Fleet(w1=host("m"), w2=host("m"))
+    f.ask("a1")
+    request = f.request(rid_of("a1"))
+    assert request.worker is not None
+    f.policy.worker_gone(request.worker)
+    assert len(f.policy.runners.servers) == 2
+    f.policy.ended(request, None, f.now)
+    assert len(f.policy.runners.servers) == 1
+    f.policy.worker_changed(request.worker, f.now)
+    f.policy.begun(request, f.now)

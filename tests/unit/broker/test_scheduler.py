@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from broker.scheduler import WarmFirst
+from broker.scheduler import FirstCome
 from common.errors import Code
 from common.protocol import (
     BESIDE_MAX,
@@ -87,7 +87,7 @@ def test_add_tells_the_position() -> None:
     for name in ("blocks", "r1", "r2", "r3"):
         h.submit(name)
         requests.append(h.request(rid_of(name)))
-    queue = WarmFirst()
+    queue = FirstCome()
     _, one, two, three = requests
     for request in (two, three, one):
         queue.add(request, h.now)
@@ -227,59 +227,52 @@ def test_an_operation_on_an_engine_that_is_nowhere() -> None:
     assert failed.code is Code.MODEL_NOT_FOUND
 
 
-# The simple one, by which the others are judged -----------------------------------------------------------------------
+# What takes no slot, in its order -------------------------------------------------------------------------------------
 
 
-def simple(**engines: Engine) -> Harness:
-    h = Harness(scheduler=WarmFirst())
-    h.gateway("g1")
-    for name, one in engines.items():
-        h.worker(name, one)
-    return h
+def light(h: Harness, *names: str) -> list[str]:
+    for name in names:
+        h.submit(name, light=True)
+    return [where(h, name) for name in names]
 
 
-def test_simply_first_come_first_served_on_warm_hosts_first() -> None:
-    h = simple(w1=engine("m:latest"), w2=warm())
-    h.submit("r1", client="zoe")
-    h.submit("r2", client="alice")
-    h.submit("r3", client="zoe", priority="batch")
-    h.submit("r4", client="alice", priority="interactive")
-    assert [where(h, f"r{number}") for number in range(1, 5)] == ["w2", "w1", "queue", "queue"]
-    h.started(rid_of("r1"), h.request(rid_of("r1")).attempt, peer=b"w2")
-    h.end(rid_of("r1"), h.request(rid_of("r1")).attempt, 0, peer=b"w2")
-    assert [where(h, name) for name in ("r3", "r4")] == ["w2", "queue"]
-
-
-def test_simply_positions_and_no_times() -> None:
-    h = simple(w1=engine("m:latest", "n:latest"))
-    for number in range(5):
-        h.submit(f"r{number}", deadline_ms=60_000)
-    h.submit("s1", model="n:latest")
-    h.submit("s2", model="n:latest")
+def test_positions_and_no_times() -> None:
+    h = fleet("w1")
+    names = [f"r{number}" for number in range(BESIDE_MAX[LIGHT] + 4)]
+    assert light(h, *names)[-5:] == ["w1", "queue", "queue", "queue", "queue"]
     outlooks = [h.core.scheduler.outlook(request, h.now) for request in h.core.scheduler]
-    assert [(o.request.submit.ref, o.position) for o in outlooks[:3]] == [("r1", 1), ("r2", 2), ("r3", 3)]
-    assert len(outlooks) == 5
-    assert h.core.scheduler.outlook(h.request(rid_of("r2")), h.now).eta_s is None
-    assert h.core.scheduler.backlog_s("m:latest", h.now) is None
-    assert set(h.core.scheduler.models()) == {"m:latest", "n:latest"}
-    h.unreachable(b"w1")
+    assert [(o.request.submit.ref, o.position, o.eta_s) for o in outlooks[:2]] == [("r8", 1, None), ("r9", 2, None)]
+    assert h.core.scheduler.models() == {"m:latest"}
+    h.cancel(rid_of("r8"))
     h.end(rid_of("r0"), h.request(rid_of("r0")).attempt, 0)
-    assert where(h, "r1") == "queue"
+    assert [where(h, name) for name in names[-3:]] == ["w1", "queue", "queue"]
+    h.unreachable(b"w1")
+    h.end(rid_of("r1"), h.request(rid_of("r1")).attempt, 0)
+    assert where(h, names[-2]) == "queue"
 
 
-def test_simply_a_refusal_pauses_and_a_failure_goes_elsewhere() -> None:
-    h = simple(w1=warm(), w2=replace(warm(), models_max=1))
-    rid = h.submit("r1")
+def test_a_refusal_pauses_and_a_failure_goes_elsewhere() -> None:
+    h = fleet("w1", "w2")
+    assert light(h, "r1", "r2", "r3") == ["w1", "w2", "w1"]
+    rid = rid_of("r3")
     h.refused(rid, h.request(rid).attempt)
-    assert where(h, "r1") == "w2"
+    assert where(h, "r3") == "w2"
     h.failed(rid, h.request(rid).attempt, retryable=True, peer=b"w2")
-    assert where(h, "r1") == "queue"
+    assert where(h, "r3") == "queue"
     h.wait(1.0)
-    assert where(h, "r1") == "w1"
+    assert where(h, "r3") == "w1"
     h.failed(rid, h.request(rid).attempt, retryable=True)
-    assert where(h, "r1") == "w1"
-    for name, model in (("r2", "n:latest"), ("r3", "n:latest"), ("r4", "m:latest")):
-        h.submit(name, model=model)
-    assert [where(h, name) for name in ("r2", "r3", "r4")] == ["w2", "w1", "queue"]
-    h.bye(b"w2")
-    assert where(h, "r2") == "queue"
+    assert where(h, "r3") == "w1"
+
+
+def test_when_the_first_is_gone_the_next_is_looked_at() -> None:
+    """It may be another case: the first had failed where there is room."""
+    h = fleet("w1", "w2")
+    names = [f"r{number}" for number in range(2 * BESIDE_MAX[LIGHT])]
+    light(h, *names, "first", "next")
+    h.request(rid_of("first")).failed_on.add("w1")
+    rid = next(rid_of(name) for name in names if where(h, name) == "w1")
+    h.end(rid, h.request(rid).attempt, 0)
+    assert where(h, "next") == "queue"
+    h.cancel(rid_of("first"))
+    assert where(h, "next") == "w1"

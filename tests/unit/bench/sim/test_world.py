@@ -12,7 +12,7 @@ from bench.sim.policies import POLICIES, FifoLate, plan
 from bench.sim.workload import Ask, ModelSpec
 from bench.sim.world import World
 from broker.core import BrokerCore
-from broker.scheduler import Scheduler, WarmFirst
+from broker.scheduler import Scheduler, FirstCome
 from broker.state import Request
 
 SPEC = HostSpec(name="h", vram_gb=24, prefill_tps=1000, decode_tps=100, load_gbps=1, load_base_s=3)
@@ -139,7 +139,7 @@ def test_the_oracle_keeps_models_apart() -> None:
 
 
 def test_a_core_keeps_the_scheduler_it_is_given() -> None:
-    given: Scheduler = WarmFirst()
+    given: Scheduler = FirstCome()
     world = World([], DEFAULT_HOSTS, given)
     assert isinstance(world._core, BrokerCore)
     assert world._core.scheduler is given
