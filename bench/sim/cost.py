@@ -31,6 +31,7 @@ from common.protocol import (
     Model,
     Register,
     Started,
+    State,
     Stats,
     Submit,
 )
@@ -58,7 +59,8 @@ STATS: Final = Stats(
 class Crowd:
     """A core with hosts that each have all models on disk and two in memory, and with clients that ask for any."""
 
-    def __init__(self, policy: str, hosts: int, queued: int, seed: int) -> None:
+    def __init__(self, policy: str, hosts: int, queued: int, seed: int, running_max: int = 0) -> None:
+        self._running_max = running_max
         self._rng = random.Random(seed)
         self._now = 0.0
         self._number = 0
@@ -70,9 +72,7 @@ class Crowd:
         self.core = BrokerCore(settings, nonce=1, now=0.0, scheduler=POLICIES[policy]([], fleet, seed))
         self._gateway(Hello(name="g"))
         for number in range(hosts):
-            engine = Engine(
-                url=URL, models_max=RESIDENT, models=tuple(_model(model, number) for model in range(MODELS))
-            )
+            engine = _engine(number)
             self._worker(b"h%d" % number, Register(name=f"h{number}", epoch="1", engines=(engine,)))
         # A policy that pushes never has a queue: then it is only as long as all slots twice over.
         while len(self.core.scheduler) < queued and self._number < queued + 4 * hosts * RESIDENT * SLOTS:
@@ -88,6 +88,7 @@ class Crowd:
             model=f"m{self._rng.randrange(MODELS)}:latest",
             path="/api/chat",
             prompt_bytes=4000,
+            running_max=self._running_max,
             prefix=tuple(self._rng.randbytes(8) for _ in range(7)),
         )
         return self._gateway(submit, b"{}")
@@ -101,6 +102,11 @@ class Crowd:
         took_us = self._worker(peer, End(rid=assign.rid, attempt=assign.attempt, seq=1, stats=STATS))
         self._gateway(Ack(rid=assign.rid))
         return took_us
+
+    def report(self) -> float:
+        """A worker says again what its engine has; the CPU time, in us."""
+        number = self._rng.randrange(self._hosts)
+        return self._worker(b"h%d" % number, State(engines=(_engine(number),)))
 
     def tick(self) -> float:
         """What time demands, positions too; the CPU time, in us. All others beat meanwhile."""
@@ -136,6 +142,10 @@ class Crowd:
         return took_us
 
 
+def _engine(host: int) -> Engine:
+    return Engine(url=URL, models_max=RESIDENT, models=tuple(_model(model, host) for model in range(MODELS)))
+
+
 def _model(number: int, host: int) -> Model:
     return Model(
         name=f"m{number}:latest",
@@ -146,15 +156,15 @@ def _model(number: int, host: int) -> Model:
     )
 
 
-def measure(policy: str, hosts: int, queued: int, *, decisions: int = DECISIONS, seed: int = 0) -> dict[str, Any]:
+def measure(
+    policy: str, hosts: int, queued: int, *, running_max: int = 0, decisions: int = DECISIONS, seed: int = 0
+) -> dict[str, Any]:
     """Percentiles in us of CPU time, and what a waiting request takes beside its body, in bytes."""
-    crowd = Crowd(policy, hosts, queued, seed)
+    crowd = Crowd(policy, hosts, queued, seed, running_max)
     waiting = len(crowd.core.scheduler)
-    submits: list[float] = []
-    ends: list[float] = []
-    for _ in range(decisions):
-        submits.append(crowd.submit())
-        ends.append(crowd.end())
+    calls = {"submit": crowd.submit, "end": crowd.end, "report": crowd.report}
+    rounds = [{what: call() for what, call in calls.items()} for _ in range(decisions)]
+    taken = {what: sorted(times[what] for times in rounds) for what in calls}
     ticks = sorted(crowd.tick() for _ in range(TICKS))
     tracemalloc.start()
     try:
@@ -170,10 +180,7 @@ def measure(policy: str, hosts: int, queued: int, *, decisions: int = DECISIONS,
         "policy": policy,
         "hosts": hosts,
         "queued": waiting,
-        "submit_us_p50": percentile(sorted(submits), 50),
-        "submit_us_p99": percentile(sorted(submits), 99),
-        "end_us_p50": percentile(sorted(ends), 50),
-        "end_us_p99": percentile(sorted(ends), 99),
+        **{f"{what}_us_p{at}": percentile(times, at) for what, times in taken.items() for at in (50, 99)},
         "tick_us_p50": percentile(ticks, 50),
         "tick_us_max": ticks[-1],
         "bytes_per_queued": round(held / added) if added else None,
@@ -184,21 +191,22 @@ def cost(
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = "weftline",
     hosts: Annotated[int | None, typer.Option(min=1, help="[64, then 1000]")] = None,
     queued: Annotated[int | None, typer.Option(min=1, help="[10,000, then 100,000]")] = None,
+    running: Annotated[int, typer.Option(min=0, help="What each client may have running at once; 0: any number.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: a list.")] = False,
 ) -> int:
-    """Measure what a submit and an end that frees a slot cost, while many requests wait."""
+    """Measure what a submit, an end that frees a slot and a worker's report cost, while many requests wait."""
     if policy not in POLICIES or policy == "oracle":
         raise UsageError(f"there is no policy {policy!r} to measure; there are: {', '.join(POLICIES)}")
     sizes = SIZES if hosts is None and queued is None else ((hosts or SIZES[0][0], queued or SIZES[0][1]),)
     process.collect_rarely()  # as the broker does
-    results = [measure(policy, *size) for size in sizes]
+    results = [measure(policy, *size, running_max=running) for size in sizes]
     if json:
         print(msgspec.json.format(msgspec.json.encode(results)).decode())
         return 0
     for size, result in zip(sizes, results, strict=True):
         aim = f" (aim: {AIMS_US[size]} us)" if size in AIMS_US else ""
         print(f"{policy}, {result['hosts']} hosts, {result['queued']} requests waiting{aim}:")
-        for what in ("submit", "end"):
+        for what in ("submit", "end", "report"):
             print(f"  {what:6} p50 {result[what + '_us_p50']:7.0f} us   p99 {result[what + '_us_p99']:7.0f} us")
         print(f"  tick   p50 {result['tick_us_p50']:7.0f} us   max {result['tick_us_max']:7.0f} us")
         print(f"  memory {result['bytes_per_queued']} bytes a waiting request")
