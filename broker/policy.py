@@ -22,7 +22,7 @@ from itertools import islice
 from math import inf
 from typing import Final
 
-from broker.loads import Option, best_load, better
+from broker.loads import Option, Usable, best_load, better
 from broker.order import Entry
 from broker.rules import Rules
 from broker.runners import Demand, Runner, Runners, Server
@@ -224,7 +224,7 @@ class Policy(Scheduler):
                 finish_s += wait_s
                 if busy is None or finish_s < busy.finish_s:
                     busy = Option(runner, finish_s, wait_s)
-        if request.deadline is not None and self._too_late(demand, request, now):
+        if request.deadline is not None and self._too_late(demand, request, usable, now):
             self._doomed[request.rid] = request
             return busy or Option(next(iter(demand.runners)), inf, inf)
         if free is not None:
@@ -265,13 +265,13 @@ class Policy(Scheduler):
             entry.patient_until = now + min(free.finish_s - (busy.finish_s - busy.wait_s), AFFINITY_S_MAX)
         return busy if now + busy.wait_s <= entry.patient_until else None
 
-    def _too_late(self, demand: Demand, request: Request, now: float) -> bool:
-        """Whether it would miss its deadline even if it began now on the best host, as far as is known."""
+    def _too_late(self, demand: Demand, request: Request, usable: Usable, now: float) -> bool:
+        """Whether it would miss its deadline even on the best host that it may use, as far as is known."""
         assert request.deadline is not None
         tokens = demand.prompt_tokens(request)
         overlaps = self.runners.prefixes.overlaps(request.submit.prefix)
         least = inf
-        for runner in demand.runners:
+        for runner in filter(lambda one: usable(one.server.worker), demand.runners):
             load_s = runner.load_left_s(now) if runner.loaded else runner.rates.load_s()
             fresh = demand.prompt_tokens(request, overlaps[runner]) if runner in overlaps else tokens
             least = min(least, min(load_s, runner.rates.known_load_s()) + runner.rates.known_prefill_s(fresh))

@@ -76,7 +76,8 @@ def up(
     ollama: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="URL[,slots=N][,models=N]", help="An Ollama server; repeatable. [OLLAMA_HOST, else 127.0.0.1:11434]"
+            metavar="URL[,slots=N][,models=N][,memory=24GiB]",
+            help="An Ollama server; repeatable. [OLLAMA_HOST, else 127.0.0.1:11434]",
         ),
     ] = None,
     engine: Annotated[

@@ -379,6 +379,15 @@ def test_a_load_that_takes_too_long_is_reason_to_shed() -> None:
     assert f.ask("a2", deadline_ms=25_000) == "w1"
 
 
+def test_a_host_that_it_may_not_use_does_not_give_hope() -> None:
+    f = Fleet(rules=["client=a on host=w2"], w1=host("m"), w2=host(cold="m"))
+    f.teach("w2", load_s=20)
+    f.ask("a1", deadline_ms=10_000)
+    f.tick()
+    assert f.where("a1") == "x"
+    assert f.ask("b1", deadline_ms=10_000) == "w1"
+
+
 def test_what_was_read_before_need_not_be_read_again() -> None:
     f = warm_on_w2()
     assert f.ask("a2", text=TEXT, deadline_ms=3_000) == "w2"

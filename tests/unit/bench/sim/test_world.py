@@ -12,7 +12,7 @@ from bench.sim.policies import POLICIES, FifoLate, plan
 from bench.sim.workload import Ask, ModelSpec
 from bench.sim.world import World
 from broker.core import BrokerCore
-from broker.scheduler import Scheduler, FirstCome
+from broker.scheduler import FirstCome, Scheduler
 from broker.state import Request
 
 SPEC = HostSpec(name="h", vram_gb=24, prefill_tps=1000, decode_tps=100, load_gbps=1, load_base_s=3)
