@@ -8,7 +8,7 @@ all together, than the load takes and what it costs those whose model is unloade
   holds it is tried once, and what was seen is learnt;
 - where a model is loaded nowhere and its first request has waited STARVING_S, the cheapest engine takes no other
   requests until it is idle; but not before its busy models have been there for RESIDENT_LOADS times as long as they
-  took to load.
+  took to load, and not for more than DRAIN_S_MAX in twice that time.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def best_load(
     best_gain, best = 0.0, None
     for runner in demand.runners:
         server = runner.server
-        if runner.size > server.room or (runner.loaded and (runner.leases or runner.serves(variant))):
+        if runner.size > server.room or runner.leases or (runner.loaded and runner.serves(variant)):
             continue
         if not usable(server.worker) or server.worker.paused_until > now:
             continue
@@ -83,7 +83,7 @@ def better(demand: Demand, free: Option, usable: Usable, now: float) -> Option |
     best_gain, best = 0.0, None
     for runner in demand.runners:
         server = runner.server
-        if runner.loaded or runner.size > server.room or not usable(server.worker):
+        if runner.loaded or runner.leases or runner.size > server.room or not usable(server.worker):
             continue
         service_s, load_s = demand.cold_service_s(runner), runner.rates.load_s()
         saved_s = demand.service_s(free.runner) - service_s
@@ -165,12 +165,14 @@ def _drain_for(demand: Demand, usable: Usable, now: float) -> None:
     best_s, best = inf, None
     for runner in demand.runners:
         server = runner.server
-        if server.loading is not None or server.drains(now) or not usable(server.worker):
+        if server.loading is not None or now < server.drains_after or not usable(server.worker):
             continue
         busy = [other for other in server.loaded.values() if other.leases]
         if any(now - other.since < RESIDENT_LOADS * other.rates.load_s() for other in busy):
             continue
         idle_s = max((lease.ends - now for other in busy for lease in other.leases.values()), default=0.0)
+        if idle_s > DRAIN_S_MAX:
+            continue
         cost_s = max(0.0, idle_s) + runner.rates.load_s() + sum(other.rates.load_s() for other in busy)
         cost_s += server.spills_s(runner)
         if cost_s < best_s:
@@ -178,3 +180,4 @@ def _drain_for(demand: Demand, usable: Usable, now: float) -> None:
     if best is not None:
         demand.end_drain()
         demand.drains, best.drains_for, best.drains_until = best, demand, now + DRAIN_S_MAX
+        best.drains_after = best.drains_until + DRAIN_S_MAX

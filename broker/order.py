@@ -15,8 +15,9 @@ Rules
   that one which has to wait for its host holds up nothing else. A client at its limit is parked and has none.
 - A request of a higher priority comes before all of a lower one, of whichever client. Waiting raises it: if a client
   has had no turn in its class for AGES_S, its first batch request there is treated as normal, its first normal one as
-  interactive. So nobody is passed by for ever. It is the client that has to wait so long, not the request: else the
-  backlog of one that floods would grow older than the others' requests, and come before them all.
+  interactive, if something of a higher priority came before it meanwhile. So nobody is passed by for ever. It is the
+  client that has to wait so long, not the request: else the backlog of one that floods would grow older than the
+  others' requests, and come before them all. And where nothing of a higher priority comes, counters alone decide.
 - Among the requests of a client that have one priority the one due first comes first: due is its deadline, and at the
   latest PATIENCE_S after it was accepted.
 
@@ -41,8 +42,12 @@ PRIORITIES: Final = {"interactive": 0, "normal": 1, "batch": 2}
 CLASSES: Final = range(3)
 AGES_S: Final = (0.0, 30.0, 60.0)
 """How long a client waits for a turn in a class until its first request is raised to the next."""
+RISES_LOOK_S: Final = 5.0
+"""How often it is looked whether one that has waited so long has been overtaken meanwhile."""
 PATIENCE_S: Final = 60.0
 OUTPUT_WEIGHT: Final = 2.0
+DEAREST_KEPT: Final = 0.99
+"""What is kept with each turn of what the dearest request was charged."""
 LAG_DEAREST: Final = 4.0
 """How many of the dearest requests a client may lag behind. Of those that can run none lags more than 2 (so VTC)."""
 SAMPLE_MAX: Final = 64
@@ -129,10 +134,12 @@ class Line:
         self._rising: tuple[list[tuple[float, int, Client]], ...] = ([], [], [])
         self._entries: dict[bytes, Entry] = {}
         self._counts = [0, 0, 0]
+        self._overtaken_at = [-inf, -inf, -inf]
+        """When something of a higher priority last had a turn."""
         self.kinds: Counter[Hashable] = Counter()
         self._served = 0.0  # where a client begins
         self._running = 0
-        self._dearest = 0.0  # the most that a request was charged, by weight
+        self._dearest = 0.0  # the most that a request was charged lately
         self.cost = 1.0
         """What a waiting request costs on average, in tokens."""
         self.pressure = 0.0
@@ -155,9 +162,10 @@ class Line:
         client = self._clients.get(submit.client)
         if client is None:
             self._sweep()
-            client = self._clients[submit.client] = Client(submit.client)
-        client.weight = submit.weight
-        rank = PRIORITIES.get(submit.priority, PRIORITIES["normal"])
+            client = self._clients[submit.client] = Client(submit.client, submit.weight)
+        if not request.ordinal:  # what comes back knows the weight of before
+            client.weight = submit.weight
+        rank = _rank_of(request)
         due = request.accepted + PATIENCE_S
         if request.deadline is not None:
             due = min(due, request.deadline)
@@ -178,6 +186,8 @@ class Line:
         self._withdraw(entry)
         if turn_at is not None:
             client.before[rank], client.since[rank] = client.since[rank], turn_at
+            for lower in CLASSES[_rank_of(request) + 1 :]:
+                self._overtaken_at[lower] = turn_at
         self.pressure = self.pressure - 1 / (1 + client.waiting()) if self._entries else 0.0
         return entry
 
@@ -209,8 +219,8 @@ class Line:
             client = self._clients[name] = Client(name, weight, self._served)
         client.running += 1
         self._running += 1
-        self._dearest = max(self._dearest, cost / client.weight)
-        self._serve(client, max(client.served, self._served - LAG_DEAREST * self._dearest))
+        self._dearest = max(self._dearest * DEAREST_KEPT, cost)
+        self._serve(client, max(client.served, self._served - LAG_DEAREST * self._dearest / client.weight))
         self._served = max(self._served, client.served)
         self._serve(client, client.served + cost / client.weight)
 
@@ -219,7 +229,7 @@ class Line:
         client = self._clients[name]
         client.running -= 1
         self._serve(client, client.served + (spent - charged) / client.weight)
-        self._served += spent / client.weight / (self._running + sum(map(len, self._waiting)))
+        self._served += spent / max(client.weight, 1.0) / (self._running + sum(map(len, self._waiting)))
         self._running -= 1
 
     def candidates(self, now: float, full: Container[Hashable] = ()) -> Generator[Entry]:
@@ -355,7 +365,14 @@ class Line:
                 if at != client.rises_at[rank]:
                     continue  # an earlier time was set since
                 client.rises_at[rank] = inf
-                queue, risen_at = client.queues[rank], client.since[rank] + AGES_S[rank]
+                queue = client.queues[rank]
+                if client.parked:
+                    client.since[rank] = now  # a limit is not made up for
+                risen_at = client.since[rank] + AGES_S[rank]
+                if queue and risen_at <= now and self._overtaken_at[rank] < client.since[rank]:
+                    client.rises_at[rank] = now + RISES_LOOK_S
+                    heapq.heappush(rising, (client.rises_at[rank], next(self._number), client))
+                    continue
                 if queue and risen_at <= now:
                     entry = queue[0][3]
                     self._withdraw(entry)
@@ -403,3 +420,8 @@ class Line:
             for one in set(away).difference(debtors):
                 del self._clients[one.name]
             self._clients_max = 2 * len(self._clients) + SLACK
+
+
+def _rank_of(request: Request) -> int:
+    """The class that was asked for."""
+    return PRIORITIES.get(request.submit.priority, PRIORITIES["normal"])

@@ -31,7 +31,10 @@ from broker.state import Request, State, Worker
 from common.protocol import Stats, names_engine
 
 LOOKS_MAX: Final = 64
-"""Requests of a line for which a host is looked for in one decision."""
+"""Requests of a line for which a host is looked for in one decision, and options for which a model may be loaded."""
+KINDS_MAX: Final = 256
+OTHERS: Final = "others"
+"""The kind of requests that come when there are so many already."""
 WAITS_LOOK_MAX: Final = 4
 """Of those that wait for their host so many are looked at anew each time, the others when it may have changed."""
 AFFINITY_S_MAX: Final = 20.0
@@ -69,14 +72,22 @@ class Policy(Scheduler):
             return
         submit = request.submit
         demand = self.runners.demand(submit.model)
-        if submit.running_max != self._running_max.get(submit.client, 0):
+        if request.ordinal and submit.client in self._running_max:
+            pass  # what comes back knows the limit of before
+        elif submit.running_max != self._running_max.get(submit.client, 0):
             self._running_max[submit.client] = submit.running_max
             self._park(submit.client)
         if not self._lines:
             self._look_at = now + LOOK_S
         self._lines.setdefault(demand)
         self._waiting += 1
-        kind = self._rules.matching(submit.model, submit.client), submit.variant, tuple(sorted(request.failed_on))
+        kind: Hashable = (
+            self._rules.matching(submit.model, submit.client),
+            submit.variant,
+            tuple(sorted(request.failed_on)),
+        )
+        if kind not in demand.line.kinds and len(demand.line.kinds) >= KINDS_MAX:
+            kind = OTHERS
         parked = self._is_at_limit(submit.client)
         entry = demand.line.add(request, demand.cost(request, 0), kind=kind, parked=parked)
         if not request.ordinal:
@@ -169,14 +180,20 @@ class Policy(Scheduler):
         demand.wants_load = demand.patient = False
         demand.look(now)
         full: set[Hashable] = set()
-        looks = waiting = 0
+        looks = waiting = nowhere = 0
         with closing(demand.line.candidates(now, full)) as candidates:
             for entry in candidates:
                 if waiting >= WAITS_LOOK_MAX and now < entry.look_at and _is_busy(entry.waits_for):
                     continue
+                if nowhere >= LOOKS_MAX and not any(one.serves(entry.request.submit.variant) for one in demand.loaded):
+                    full.add(entry.kind)
+                    continue
                 option = self._choose(demand, entry, now)
                 if option is None:
                     full.add(entry.kind)
+                    nowhere += 1
+                    if len(full) == len(demand.line.kinds):
+                        break
                 elif option.wait_s <= 0:
                     server = option.runner.server
                     return Placement(entry.request, server.worker, server.url, option.runner.digest)
@@ -184,9 +201,9 @@ class Policy(Scheduler):
                     demand.patient = True
                     entry.waits_for, entry.look_at = option.runner, now + LOOK_S
                     waiting += 1
-                looks += 1
-                if looks == LOOKS_MAX or len(full) == len(demand.line.kinds):
-                    break
+                    looks += 1
+                    if looks == LOOKS_MAX:
+                        break
         return None
 
     def _choose(self, demand: Demand, entry: Entry, now: float) -> Option | None:

@@ -124,7 +124,8 @@ class Server:
     `reading_s`: how long it will read prompts, one after the other, as if it had begun none of them.
     `room`: bytes of a model that could be loaded if all that is idle were unloaded; negative: none, not even one
     whose size is not known.
-    `drains_for`: until it has loaded that model it takes no other request, at most until then.
+    `drains_for`: until it has loaded that model it takes no other request, at most until then, and so again not before
+    `drains_after`.
     """
 
     worker: Worker
@@ -139,6 +140,7 @@ class Server:
     loading: Runner | None = None
     drains_for: "Demand | None" = None
     drains_until: float = -inf
+    drains_after: float = -inf
     holds: float = 0.0
     bursts: float = inf
     room: float = inf
@@ -340,6 +342,7 @@ class Runners:
         loads = not runner.serves(submit.variant)
         if loads:
             self._loads(runner, request.rid, now)
+            server.drains_after = -inf
         if loads or submit.variant:
             runner.variant = submit.variant
         overlap = self.prefixes.overlap(runner, submit.prefix)

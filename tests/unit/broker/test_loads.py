@@ -5,6 +5,7 @@ from typing import Any
 
 from broker.loads import DRAIN_S_MAX, STARVING_S
 from common.protocol import (
+    Engine,
     attempt_of,
 )
 from tests.unit.broker.fleet import GB, MS, Fleet, host
@@ -158,7 +159,7 @@ def starving(**more: Any) -> Fleet:
     for worker, engine in f.hosts.items():
         model = engine.models[0].name.removesuffix(":latest")
         f.teach(worker, model, load_s=2)
-        f.ask(f"{'a' if worker == 'w1' else 'x'}1", model, prompt_bytes=400 if worker == "w1" else 4_000_000)
+        f.ask(f"{'a' if worker == 'w1' else 'x'}1", model, prompt_bytes=400 if worker == "w1" else 400_000)
     f.pass_time(10)
     assert f.ask("b1", "n") == "-"
     return f
@@ -351,7 +352,7 @@ def test_who_no_longer_drains_an_engine_does_not_end_anothers_drain() -> None:
     f.pass_time(STARVING_S + 1)
     server = f.server("w1")
     assert server.drains_for is f.demand("k")
-    server.drains_until = f.now
+    server.drains_until = server.drains_after = f.now
     f.ask("n1", "n")
     f.request(rid_of("n1")).accepted -= 2 * STARVING_S
     f.policy._dirty = {f.demand("n"): None}
@@ -381,3 +382,36 @@ def test_where_only_busy_models_are_left_to_unload_nothing_is_loaded() -> None:
     f.ask("a1", "m")
     f.server("w1").room = inf
     assert f.ask("b1", "n") == "-"
+
+
+def test_an_engine_is_not_idle_for_one_long_answer_again_and_again() -> None:
+    f = starving()
+    f.pass_time(STARVING_S + 1)
+    server = f.server("w1")
+    assert server.drains_for is f.demand("n")
+    f.pass_time(DRAIN_S_MAX + 1)
+    assert f.ask("a2", "m") == "w1"
+    f.pass_time(DRAIN_S_MAX / 2)
+    assert not server.drains(f.now)
+    f.pass_time(DRAIN_S_MAX)
+    assert server.drains(f.now)
+
+
+def test_no_engine_drains_where_that_takes_too_long() -> None:
+    f = Fleet(w1=host("m", cold="n", models_max=1, slots=2))
+    f.teach("w1", load_s=1)
+    f.ask("a1", "m", prompt_bytes=40_000_000)
+    f.ask("b1", "n")
+    f.pass_time(3 * STARVING_S)
+    assert f.server("w1").drains_for is None
+
+
+def test_a_full_slot_is_full_though_its_model_is_believed_to_be_gone() -> None:
+    f = Fleet(w1=host("m"))
+    f.ask("a1")
+    f.engines(Engine(url="http://e1", up=False))
+    f.engines(host(cold="m"))
+    assert f.ask("b1") == "-"
+    f.begin("a1")
+    f.finish("a1")
+    assert f.where("b1") == "w1"

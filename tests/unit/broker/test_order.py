@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker import order
-from broker.order import AGES_S, LAG_DEAREST, PATIENCE_S, SAMPLE_MAX, SLACK, Entry, Line
+from broker.order import AGES_S, LAG_DEAREST, PATIENCE_S, RISES_LOOK_S, SAMPLE_MAX, SLACK, Entry, Line
 from broker.state import Request
 from common.protocol import Submit
 from tests.unit.broker.harness import rid_of
@@ -58,6 +58,11 @@ class Lane:
         self.line.discard(request, turn_at=now)
         request.ordinal += 1
         self.line.begin(request.submit.client, cost, request.submit.weight)
+
+    def overtake(self, at: float) -> None:
+        """Something interactive comes before all that is not."""
+        self.add("overtakes", priority="interactive", now=at)
+        self.run("overtakes", 0.0, now=at)
 
     def next(self, now: float = NOW, cost: float = 100.0) -> str:
         """Run the request whose turn it is."""
@@ -253,10 +258,12 @@ def test_waiting_raises_class_by_class() -> None:
     lane = Lane()
     lane.add("a1", priority="batch")
     ages = AGES_S[2], AGES_S[2] + AGES_S[1]
+    lane.overtake(NOW + 1)
     lane.add("b1", priority="normal", now=NOW + ages[0] + 1)
     lane.add("c1", priority="interactive", now=NOW + ages[1] + 1)
     assert lane.firsts(NOW + ages[0] - 1) == ["c1", "b1", "a1"]
     assert lane.firsts(NOW + ages[0]) == ["c1", "a1", "b1"]
+    lane.overtake(NOW + ages[0] + 1)
     assert lane.firsts(NOW + ages[1]) == ["a1", "c1", "b1"]
 
 
@@ -264,6 +271,7 @@ def test_who_waited_before_comes_back_where_it_would_be() -> None:
     lane = Lane()
     lane.add("a1", priority="interactive")
     lane.add("b1", priority="batch", accepted=NOW - sum(AGES_S))
+    lane.overtake(NOW)
     assert lane.firsts() == ["b1", "a1"]
 
 
@@ -282,6 +290,7 @@ def test_a_flood_does_not_grow_older_than_what_others_ask() -> None:
 
 def test_one_request_of_a_client_is_raised_at_a_time() -> None:
     lane = Lane("a1", "a2", "a3")
+    lane.overtake(NOW + 1)
     lane.add("b1", priority="interactive", now=NOW + AGES_S[1])
     lane.run("b1", 1e6)
     for number in range(2, 6):
@@ -295,6 +304,7 @@ def test_who_comes_back_into_its_class_waits_from_then() -> None:
     lane = Lane("a1", "b1")
     lane.run("a1")
     lane.add("a2", now=NOW + 20)
+    lane.overtake(NOW + 21)
     late = NOW + AGES_S[1] + 1
     lane.add("c1", priority="interactive", now=late)
     assert lane.firsts(late) == ["b1", "c1", "a2"]
@@ -304,7 +314,7 @@ def test_who_comes_back_into_its_class_waits_from_then() -> None:
 def test_only_a_turn_makes_a_client_younger() -> None:
     """Not that its first request was given up, nor that a later one was."""
     lane = Lane("a1", "a2", "a3")
-    lane.add("b1", priority="interactive")
+    lane.overtake(NOW + 1)
     lane.discard("a3")
     lane.discard("a1")
     late = NOW + AGES_S[1]
@@ -314,7 +324,7 @@ def test_only_a_turn_makes_a_client_younger() -> None:
 
 def test_a_turn_that_came_to_nothing_was_none() -> None:
     lane = Lane("a1", "a2")
-    lane.add("b1", priority="interactive")
+    lane.overtake(NOW + 1)
     for second in range(1, int(AGES_S[1])):
         lane.run("a1", now=NOW + second)
         lane.line.end("a", 100.0, 0.0)
@@ -327,6 +337,7 @@ def test_what_comes_back_is_raised_when_it_would_have_been() -> None:
     """Though its client was to be looked at later by then."""
     lane = Lane("a1")
     lane.add("x1", now=NOW + 28)
+    lane.overtake(NOW + 29)
     lane.run("a1", now=NOW + 29)
     lane.add("a2", now=NOW + 29.5)
     lane.firsts(NOW + AGES_S[1])
@@ -341,8 +352,62 @@ def test_a_line_that_was_empty_ages_again() -> None:
     lane = Lane("a1")
     lane.discard("a1")
     lane.add("a2", now=NOW + 1)
+    lane.overtake(NOW + 2)
     lane.firsts(NOW + 1 + AGES_S[1])
     assert lane.line.get(lane.requests["a2"]).rank == 0
+
+
+def test_where_nothing_comes_before_it_nothing_is_raised() -> None:
+    """Or all would be, once turns are far apart, and each had one in that time whatever its weight and its cost."""
+    lane = Lane("a1")
+    for second in range(3 * int(AGES_S[1])):
+        lane.firsts(NOW + second)
+    entry = lane.line.get(lane.requests["a1"])
+    assert entry.rank == 1
+    lane.overtake(NOW + 95)
+    lane.firsts(NOW + 95 + RISES_LOOK_S)
+    assert entry.rank == 0
+
+
+def test_weights_hold_however_far_apart_turns_are() -> None:
+    lane, now, turns = Lane(), NOW, Counter[str]()
+    for client in "abcdefg":
+        lane.add(f"{client}0", weight=4.0 if client == "a" else 1.0)
+        lane.add(f"{client}1", weight=4.0 if client == "a" else 1.0)
+    for number in range(2, 400):
+        now += 10.0
+        name = lane.next(now)
+        turns[name[0]] += 1
+        lane.line.end(name[0], 100.0, 100.0)
+        lane.add(f"{name[0]}{number}", weight=4.0 if name[0] == "a" else 1.0, now=now)
+    assert turns["a"] / turns.total() == pytest.approx(0.4, abs=0.02)
+
+
+def test_time_at_a_limit_is_not_made_up_for() -> None:
+    lane = Lane(*(f"a{number}" for number in range(40)))
+    lane.line.park("a", True)
+    now = NOW
+    for number in range(300):
+        lane.add(f"b{number}", now=now, priority="interactive" if number % 2 else "normal")
+        lane.next(now)
+        lane.line.end("b", 100.0, 100.0)
+        now += 1.0
+    lane.line.park("a", False)
+    for number in range(20):
+        lane.add(f"c{number}", now=now)
+    turns = Counter(lane.next(now)[0] for _ in range(20))
+    assert turns["c"] >= 20 / 2 - LAG_DEAREST
+
+
+def test_one_dear_request_does_not_let_everybody_lag_for_ever() -> None:
+    lane = Lane("a1")
+    lane.run("a1", 1e6)
+    lane.line.end("a", 1e6, 1e6)
+    for number in range(2000):
+        lane.add(f"b{number}")
+        lane.next(cost=100.0)
+        lane.line.end("b", 100.0, 100.0)
+    assert lane.line._dearest == 100.0
 
 
 def test_those_that_were_raised_share_with_those_that_are_there() -> None:
@@ -352,6 +417,7 @@ def test_those_that_were_raised_share_with_those_that_are_there() -> None:
         lane.add(f"{'pqrst'[number % 5]}{number}", priority="batch")
         lane.add(f"a{number}", priority="interactive")
         assert lane.next(NOW) == f"a{number}"
+    lane.overtake(NOW + AGES_S[2] + 1)
     late = NOW + sum(AGES_S)
     for number in range(20, 40):
         lane.add(f"a{number}", priority="interactive", now=late)
@@ -369,7 +435,7 @@ def test_nobody_waits_for_ever(seed: int, priority: str) -> None:
     lane.add("patient1", priority=priority)
     number, now = 0, NOW
     while "patient1" in (waiting := {request.submit.ref for request in lane.line}):
-        assert now < NOW + sum(AGES_S) + 20
+        assert now < NOW + sum(AGES_S) + 2 * RISES_LOOK_S + 20
         for _ in range(rng.randint(1, 3)):
             number += 1
             client = rng.choice("abcde")
@@ -612,6 +678,7 @@ def test_stale_entries_are_bounded() -> None:
     assert _heaps(lane.line) <= 2 * (SLACK + 4) + 2
     assert lane.firsts() == ["keeps1"]
     late = NOW + 2 * sum(AGES_S)
+    lane.overtake(NOW + 1)
     assert lane.firsts(late) == ["keeps1"]
     assert not any(lane.line._rising)
 
@@ -625,6 +692,7 @@ def test_clients_that_have_left_are_not_kept_to_be_raised() -> None:
         lane.discard(f"s{number}")
     assert _heaps(lane.line) <= 5 * SLACK
     late = NOW + AGES_S[1]
+    lane.overtake(NOW + 1)
     lane.firsts(late)
     assert lane.line.get(lane.requests["keeps1"]).rank == 0
 

@@ -6,7 +6,7 @@ import pytest
 
 from broker.core import RETRY_AFTER_MS, BrokerCore
 from broker.order import AGES_S
-from broker.policy import AFFINITY_S_MAX, LOOKS_MAX, WAITS_LOOK_MAX
+from broker.policy import AFFINITY_S_MAX, KINDS_MAX, LOOKS_MAX, WAITS_LOOK_MAX
 from common.errors import Code
 from common.protocol import (
     BESIDE_MAX,
@@ -314,6 +314,29 @@ def test_a_limit_that_is_raised_or_lifted_holds_at_once() -> None:
     assert f.where("a2", "a3", "a4") == "w1 w1 w1"
 
 
+def test_what_comes_back_does_not_bring_back_the_limit_of_before() -> None:
+    f = Fleet(w1=host("m", slots=10))
+    f.ask("a1", running_max=4)
+    f.ask("a2", running_max=1)
+    f.refused(rid_of("a1"), f.request(rid_of("a1")).attempt)
+    f.pass_time(1)
+    assert f.where("a1", "a2").split().count("w1") == 1
+    assert f.policy._running_max == {"a": 1}
+
+
+def test_many_different_options_hold_up_nobody() -> None:
+    f = Fleet(w1=host("m", slots=3))
+    f.ask("x1", variant="same")
+    for number in range(2 * LOOKS_MAX):
+        f.submit(f"v{number}", client="v", model="m:latest", variant=str(number), priority="interactive")
+    assert f.ask("z1", variant="same") == "w1"
+    for number in range(2 * LOOKS_MAX, KINDS_MAX):
+        f.submit(f"v{number}", client="v", model="m:latest", variant=str(number), priority="interactive")
+    assert f.ask("y1", variant="another") == "-"
+    assert f.ask("y2", variant="a third") == "-"
+    assert len(f.demand().line.kinds) == KINDS_MAX + 1, "all that come now are of one kind"
+
+
 def test_limits_are_kept_as_long_as_something_waits_or_runs() -> None:
     f = Fleet(w1=host("m"))
     f.ask("x1")
@@ -346,12 +369,13 @@ def test_priorities_and_ageing() -> None:
     f.ask("x1")
     f.ask("a1", priority="batch")
     f.ask("b1", priority="interactive")
+    f.now += 1
     f.finish("x1")
     assert f.where("b1", "a1") == "w1 -"
     f.pass_time(sum(AGES_S) + 1)
-    f.ask("c1", priority="interactive")
+    f.ask("c1")
     f.finish("b1")
-    assert f.where("a1", "c1") == "w1 -"
+    assert f.where("a1", "c1") == "w1 -", "nothing interactive came before it since it was raised once"
 
 
 # Deadlines ----------------------------------------------------------------------------------------------------------
