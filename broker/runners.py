@@ -419,11 +419,12 @@ class Runners:
     def _learn(self, demand: Demand, runner: Runner, request: Request, lease: Lease, stats: Stats) -> float:
         """Calibrate by what the engine says of a request; what it cost, in tokens."""
         rates, submit = runner.rates, request.submit
+        written = max(0, stats.completion_tokens)
         if lease.loads and stats.load_ns * NS >= LOAD_S_MIN:
             rates.saw_load(stats.load_ns)
-        rates.saw_tokens(stats.completion_tokens, stats.completion_ns, (lease.beside + runner.server.running) / 2)
+        rates.saw_tokens(written, stats.completion_ns, (lease.beside + runner.server.running) / 2)
         overlap = min(lease.overlap * demand.tokens_per_byte.of(TOKENS_PER_BYTE), stats.prompt_tokens)
-        if stats.prompt_tokens:
+        if stats.prompt_tokens > 0:
             if overlap <= OVERLAP_SMALL * stats.prompt_tokens and (lease.alone or not rates.read):
                 rates.saw_prefill(int(stats.prompt_tokens - overlap), stats.prompt_ns)
             elif overlap > OVERLAP_TOKENS_MIN and lease.alone:
@@ -436,9 +437,9 @@ class Runners:
             demand.prompt.add(stats.prompt_tokens - overlap)
             if submit.prompt_bytes:
                 demand.tokens_per_byte.add(stats.prompt_tokens / submit.prompt_bytes)
-        if stats.completion_tokens or submit.output_max == 0:  # nothing is written of what is embedded
-            demand.output.add(stats.completion_tokens)
-        return max(1.0, stats.prompt_tokens - overlap) + OUTPUT_WEIGHT * stats.completion_tokens
+        if written or submit.output_max == 0:  # nothing is written of what is embedded
+            demand.output.add(written)
+        return max(1.0, stats.prompt_tokens - overlap) + OUTPUT_WEIGHT * written
 
     @staticmethod
     def _has_read(server: Server, lease: Lease) -> None:

@@ -4,6 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from broker import policy
 from broker.core import RETRY_AFTER_MS, BrokerCore
 from broker.order import AGES_S
 from broker.policy import AFFINITY_S_MAX, KINDS_MAX, LOOKS_MAX, WAITS_LOOK_MAX
@@ -133,6 +134,17 @@ def test_those_that_wait_for_their_host_hold_up_nobody_else(monkeypatch: pytest.
     assert f.ask("b99", text="short") == "w1"
     f.finish("a2", "b99")
     assert f.where("b0", "b1") == "w2 -"
+
+
+def test_a_decision_looks_for_a_host_for_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "LOOKS_MAX", WAITS_LOOK_MAX - 1)
+    f = warm_on_w2()
+    f.ask("a2", text=TEXT, output_max=100)
+    for number in range(WAITS_LOOK_MAX - 1):
+        assert f.ask(f"b{number}", text=TEXT, deadline_ms=50_000) == "-"
+    assert f.ask("z1", text="short") == "-"
+    f.finish("a2")
+    assert f.where("b0", "z1") == "w2 w1"
 
 
 # Options with which a model is loaded -------------------------------------------------------------------------------

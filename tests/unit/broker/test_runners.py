@@ -501,3 +501,13 @@ def test_leases_that_end_after_their_worker_leave_nothing() -> None:
     assert len(f.policy.runners.servers) == 1
     f.policy.worker_changed(request.worker, f.now)
     f.policy.begun(request, f.now)
+
+
+def test_an_engine_that_says_nonsense_gives_nobody_credit() -> None:
+    f = Fleet(w1=host("m"))
+    f.ask("a1")
+    f.finish("a1", prompt_tokens=-(10**12), completion_tokens=-(10**12))
+    assert f.demand().line.counters()["a"] >= 0
+    assert f.demand().output.of(1.0) >= 0
+    f.ask("b1")
+    assert f.demand().line.counters()["b"] >= 0
