@@ -263,13 +263,12 @@ class Line:
                     heapq.heappush(self._turns[rank][entry.kind], turn)
 
     def _pop_turn(self, rank: int, kind: Hashable, passed: dict[Entry, Turn], heads: list[Turn]) -> None:
-        """Take the next turn of that kind, if there is one, out of its heap."""
+        """Take the next turn of that kind out of its heap, past those from before a counter, first or class changed."""
         turns = self._turns[rank][kind]
         while turns:
             turn = heapq.heappop(turns)
             served, entry = turn[0], turn[-1]
-            client = entry.client  # of a turn that is of before its counter, its first or its class changed
-            if entry.rank == rank and served == client.served and entry not in passed and self.is_first(entry):
+            if entry.rank == rank and served == entry.client.served and entry not in passed and self.is_first(entry):
                 passed[entry] = turn
                 heapq.heappush(heads, turn)
                 return

@@ -31,7 +31,7 @@ from broker.state import Request, State, Worker
 from common.protocol import Stats, names_engine
 
 LOOKS_MAX: Final = 64
-"""Requests of a line for which a host is looked for in one decision, and options for which a model may be loaded."""
+"""In one decision: requests that are found to wait for their host, and kinds for which there is none."""
 KINDS_MAX: Final = 256
 OTHERS: Final = "others"
 """The kind of requests that come when there are so many already."""
@@ -72,9 +72,9 @@ class Policy(Scheduler):
             return
         submit = request.submit
         demand = self.runners.demand(submit.model)
-        if request.ordinal and submit.client in self._running_max:
-            pass  # what comes back knows the limit of before
-        elif submit.running_max != self._running_max.get(submit.client, 0):
+        known_max = self._running_max.get(submit.client)
+        # What comes back only knows the limit of before.
+        if submit.running_max != (known_max or 0) and not (request.ordinal and known_max is not None):
             self._running_max[submit.client] = submit.running_max
             self._park(submit.client)
         if not self._lines:
@@ -180,7 +180,7 @@ class Policy(Scheduler):
         demand.wants_load = demand.patient = False
         demand.look(now)
         full: set[Hashable] = set()
-        looks = waiting = nowhere = 0
+        waiting = nowhere = 0
         with closing(demand.line.candidates(now, full)) as candidates:
             for entry in candidates:
                 if waiting >= WAITS_LOOK_MAX and now < entry.look_at and _is_busy(entry.waits_for):
@@ -201,8 +201,7 @@ class Policy(Scheduler):
                     demand.patient = True
                     entry.waits_for, entry.look_at = option.runner, now + LOOK_S
                     waiting += 1
-                    looks += 1
-                    if looks == LOOKS_MAX:
+                    if waiting == LOOKS_MAX:
                         break
         return None
 
